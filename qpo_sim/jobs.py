@@ -1,0 +1,497 @@
+"""The jobs of the command line: read, build, call, write. Everything numerical is done elsewhere."""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from qpo_sim import calibration, data, optimize, venue
+from qpo_sim import compute as engine
+from qpo_sim.book import ACCOUNTS, Book, build_book
+from qpo_sim.calibration import RegimeFit
+from qpo_sim.compute.run import Progress, Run
+from qpo_sim.config.schema import Config, GbmMarket
+from qpo_sim.errors import InputError
+from qpo_sim.market import Market, presets
+from qpo_sim.report import RunReport, terminal_summary, write_report
+from qpo_sim.risk import summary
+from qpo_sim.simulate import Plan, market_paths, simulate_paths
+from qpo_sim.types import HOURS_PER_YEAR
+
+OK, LIMIT_BREACHED = 0, 3
+_FAN = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+_N_WORST = 10
+_ERROR_BAR = 1.959963984540054
+
+ProgressBar = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What every job starts from."""
+
+    config: Config
+    prices: pd.DataFrame
+    returns: pd.DataFrame
+    fit: RegimeFit | None
+    market: Market
+    book: Book
+    timings: dict[str, float]
+
+    @property
+    def n_steps(self) -> int:
+        """Simulation steps of the run."""
+        simulation = self.config.simulation
+        return simulation.n_steps or round(simulation.horizon_days * 24.0 / self.step_hours)
+
+    @property
+    def step_hours(self) -> float:
+        """Length of a simulation step."""
+        return self.config.simulation.step_hours or self.market.step_hours
+
+    @property
+    def horizon_days(self) -> float:
+        """Length of the run in days."""
+        return self.n_steps * self.step_hours / 24.0
+
+
+def run(config: Config, folder: Path, progress: ProgressBar) -> int:
+    """Runs the job that the configuration names and writes its results into the folder.
+
+    Args:
+      config: checked configuration.
+      folder: the run's folder.
+      progress: maker of progress bars, `progress(total=..., desc=...)`.
+
+    Returns:
+      0, or 3 when a risk limit is breached beyond its error bar.
+
+    Raises:
+      InputError: the data or the options do not fit together.
+    """
+    session = open_session(config)
+    report = {"risk": risk_job, "optimize": optimize_job, "calibrate": calibrate_job, "replay": replay_job}[config.job](
+        session, progress
+    )
+    written = write_report(report, folder, parquet=None if config.report.parquet == "auto" else config.report.parquet == "true")
+    print(terminal_summary(report, written))
+    if report.limits is not None and (report.limits["status"] == "breached").any():
+        return LIMIT_BREACHED
+    return OK
+
+
+# ----------------------------------------------------------------------------- building
+
+
+def open_session(config: Config) -> Session:
+    """Prices, fit, market and book of a configuration."""
+    timings: dict[str, float] = {}
+    clock = time.perf_counter()
+    options = config.data
+    prices = data.load_prices(
+        options.path, assets=options.assets, exclude=options.exclude, start=options.start, end=options.end,
+        missing=options.missing,
+    )  # fmt: skip
+    returns = data.log_returns(prices)
+    timings["data"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    fit, market = build_market(config, prices, returns)
+    timings["calibrate"] = time.perf_counter() - clock
+    last = {asset: float(prices[asset].dropna().iloc[-1]) for asset in prices.columns}
+    return Session(config, prices, returns, fit, market, book_of(config, market, last), timings)
+
+
+def build_market(config: Config, prices: pd.DataFrame, returns: pd.DataFrame) -> tuple[RegimeFit | None, Market]:
+    """Market of the configuration, with the fit behind it if there is one."""
+    drift = config.market.drift
+    choice: dict[str, Any] = {
+        "drift": drift.kind, "shrinkage": drift.shrinkage, "per_year": drift.per_year or 0.0,
+        "rate_per_year": drift.rate_per_year,
+    }  # fmt: skip
+    if isinstance(config.market, GbmMarket):
+        hours = data.step_hours(prices)
+        years = hours / HOURS_PER_YEAR
+        return None, presets.gbm(
+            tuple(returns.columns), (returns.std() / np.sqrt(years)).to_numpy(), _positive_definite(returns.corr().to_numpy()),
+            step_hours=hours, mean_per_year=(returns.mean() / years).to_numpy(), **choice,
+        )  # fmt: skip
+    options = config.calibration
+    fitted = {
+        "n_regimes": options.n_regimes, "n_restarts": options.n_restarts, "sticky": options.sticky,
+        "dof_floor": options.dof_floor, "step_hours": data.step_hours(prices),
+    }  # fmt: skip
+    if options.cache:
+        fit = calibration.cached_calibrate(returns, cache_dir=options.cache_dir, **fitted)
+    else:
+        fit = calibration.calibrate(returns, **fitted)
+    return fit, presets.regime_student_t(fit, mixing_cut=config.market.mixing_cut, **choice)
+
+
+def book_of(config: Config, market: Market, prices: dict[str, float]) -> Book:
+    """Book of the configuration at the last prices."""
+    venues = {name: venue.from_config(_plain(rule), name=name) for name, rule in config.venue.items()}
+
+    def find(name: str) -> Any:
+        if name not in venues:
+            raise InputError(f"there is no venue {name!r}; configured are {', '.join(venues)}.")
+        return venues[name]
+
+    book = config.book
+    return build_book(
+        market.assets, capital=book.capital, spot=book.spot, perpetuals=[_plain(account) for account in book.perpetuals],
+        loans=[_plain(loan) for loan in book.loans], prices=prices, venue=find,
+    )  # fmt: skip
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return asdict(value)
+
+
+def _positive_definite(correlation: np.ndarray) -> np.ndarray:
+    # Correlations of columns with different listings are pairwise and need not be consistent: eigenvalues below a
+    # ten-thousandth are lifted and the diagonal restored.
+    values, vectors = np.linalg.eigh(correlation)
+    if values[0] > 1e-8:
+        return correlation
+    repaired = (vectors * np.maximum(values, 1e-4)) @ vectors.T
+    scale = np.sqrt(np.diag(repaired))
+    return repaired / scale[:, None] / scale[None, :]
+
+
+# ----------------------------------------------------------------------------- jobs
+
+
+def risk_job(session: Session, progress: ProgressBar) -> RunReport:
+    """Risk of the book as it stands."""
+    finished, convergence = simulate_book(session, progress)
+    return _risk_report(session, finished, convergence)
+
+
+def optimize_job(session: Session, progress: ProgressBar) -> RunReport:
+    """Risk of the book as it stands, better weights, and both on fresh paths."""
+    report = risk_job(session, progress)
+    options = session.config.optimizer
+    clock = time.perf_counter()
+    with progress(total=options.n_steps, desc=f"weights: {options.objective}", unit="step") as bar:
+        found = optimize.optimize_weights(
+            session.market, session.book, n_steps=session.n_steps, step_hours=session.step_hours,
+            monitoring=session.config.simulation.monitoring, objective_name=options.objective, level=options.level,
+            risk_aversion=options.risk_aversion, liquidation_penalty=options.liquidation_penalty, lower=options.lower,
+            upper=options.upper, gross_leverage=options.gross_leverage, learning_rate=options.learning_rate,
+            n_iterations=options.n_steps, n_paths=options.n_paths, n_test_paths=options.n_test_paths,
+            seed=session.config.seed, devices=session.config.compute.devices,
+        )  # fmt: skip
+        bar.update(options.n_steps)
+    session.timings["optimize"] = time.perf_counter() - clock
+    weights = pd.DataFrame(
+        {"position": found.positions, "before": found.before, "after": found.after, "equal": found.equal}
+    )
+    trace = np.asarray(found.solution.trace, np.float64)
+    comparison = pd.DataFrame(found.comparison)
+    comparison["level"] = np.where(comparison["measure"] == "conditional_value_at_risk", options.level, np.nan)
+    return replace(
+        report,
+        job="optimize",
+        weights=weights,
+        comparison=comparison,
+        optimizer_trace=pd.DataFrame({"step": np.arange(trace.size), "objective": trace}),
+        manifest=_manifest(session),
+    )
+
+
+def calibrate_job(session: Session, progress: ProgressBar) -> RunReport:
+    """The fitted market alone."""
+    if session.fit is None:
+        raise InputError("job=calibrate fits a regime market; choose market=regime_student_t.")
+    return RunReport(
+        job="calibrate", title=_title(session), capital=session.config.book.capital, horizon_days=session.horizon_days,
+        n_paths=0, n_steps=session.n_steps, step_hours=session.step_hours, assets=session.market.assets,
+        manifest=_manifest(session), **_fit_tables(session),
+    )  # fmt: skip
+
+
+def replay_job(session: Session, progress: ProgressBar) -> RunReport:
+    """One path, told step by step; the same numbers as in a run of any size."""
+    number = session.config.path
+    n_steps, hours = session.n_steps, session.step_hours
+    plan = Plan(
+        n_steps, step_hours=hours, monitoring=session.config.simulation.monitoring, dates=tuple(range(1, n_steps + 1)),
+        record_paths=True,
+    )  # fmt: skip
+    clock = time.perf_counter()
+    path = np.array([number], np.uint32)
+    outcome = jax.tree.map(np.asarray, simulate_paths(session.market, session.book, path, plan, seed=session.config.seed))
+    market = jax.tree.map(np.asarray, market_paths(session.market, path, plan, seed=session.config.seed))
+    session.timings["replay"] = time.perf_counter() - clock
+    days = np.arange(n_steps + 1) * hours / 24.0
+    names = session.book.account_names
+    columns: dict[str, Any] = {}
+    for i, asset in enumerate(session.market.assets):
+        columns[f"price:{asset}"] = np.append(1.0, np.exp(market.log_price[:, i, 0]))
+    equity = np.append(1.0, outcome.equity[:, 0])
+    columns["equity"] = equity
+    regime = (market.masks[:, :, 0] * np.arange(1, market.masks.shape[1] + 1)).sum(axis=1)
+    columns["regime"] = np.append(regime[:1], regime)
+    record = outcome.record
+    for j, name in enumerate(names):
+        ratio = np.exp(record.distance[:, j, 0].astype(np.float64))
+        closed = record.is_liquidated[:, j, 0] > 0.5
+        # After a perpetual account is closed there is nothing left to liquidate.
+        if j < len(session.book.perpetual_shapes):
+            ratio = np.where(closed, np.nan, ratio)
+        columns[f"margin_ratio:{name}"] = np.append(np.nan, ratio)
+    frame = pd.DataFrame(columns, index=pd.Index(days, name="day"))
+    drawdown = float(outcome.max_drawdown[0])
+    return RunReport(
+        job="replay", title=f"Path {number}: {_title(session)}", capital=session.config.book.capital,
+        horizon_days=session.horizon_days, n_paths=1, n_steps=n_steps, step_hours=hours, assets=session.market.assets,
+        replay=frame, replay_events=_events(session, frame, record, regime),
+        worst_paths=pd.DataFrame(
+            {
+                "path": [number], "loss": [1.0 - float(equity[-1])], "max_drawdown": [drawdown],
+                "liquidated": [",".join(n for n, hit in zip(names, outcome.is_liquidated[:, 0], strict=True) if hit)],
+            }
+        ),
+        manifest=_manifest(session),
+    )  # fmt: skip
+
+
+def _events(session: Session, frame: pd.DataFrame, record: Any, regime: np.ndarray) -> pd.DataFrame:
+    days = frame.index.to_numpy()[1:]
+    labels = _labels(int(session.market.n_regimes))
+    rows: list[tuple[float, str]] = [
+        (days[t], f"the market turns {labels[int(regime[t])]}") for t in range(1, regime.size) if regime[t] != regime[t - 1]
+    ]
+    for j, name in enumerate(session.book.account_names):
+        hits = np.flatnonzero(record.is_liquidated[:, j, 0] > 0.5)
+        if hits.size:
+            rows.append((days[hits[0]], f"{name} is liquidated"))
+    move = frame["equity"].diff().to_numpy()[1:]
+    worst = int(np.argmin(move))
+    rows.append((days[worst], f"the book's worst step: {100.0 * move[worst]:+.2f} % of the capital"))
+    return pd.DataFrame(sorted(rows), columns=["day", "event"])
+
+
+# ----------------------------------------------------------------------------- simulation and its tables
+
+
+def simulate_book(session: Session, progress: ProgressBar) -> tuple[Run, pd.DataFrame]:
+    """The streamed run and its running estimates."""
+    config = session.config
+    hours, n_steps = session.step_hours, session.n_steps
+    days = config.risk.horizons_days or tuple(d for d in (1.0, 7.0) if d * 24.0 / hours <= n_steps and d * 24.0 >= hours)
+    level = config.risk.attribution_level
+    rows: list[tuple[int, str, float, float, float]] = []
+    mark = 1
+
+    with progress(total=config.simulation.n_paths, desc="paths", unit="path") as bar:
+
+        def after_batch(state: Progress) -> None:
+            nonlocal mark
+            last = len(state.partial.tails) - 1
+            var, cvar = summary.tail_measures(state.partial, last, level)
+            bar.set_postfix_str(f"CVaR{100 * level:g} {100 * float(cvar.value):.2f} ± {100 * float(cvar.std_error):.2f} %")
+            bar.update(state.n_done - bar.n)
+            if state.n_done >= mark or state.n_done == state.n_paths:
+                mark = 2 * state.n_done
+                for name, estimate in (("value_at_risk", var), ("conditional_value_at_risk", cvar)):
+                    rows.append((state.n_done, name, level, float(estimate.value), float(estimate.std_error)))
+
+        finished = engine.run(
+            session.market, session.book, n_paths=config.simulation.n_paths, n_steps=n_steps, step_hours=hours,
+            seed=config.seed, monitoring=config.simulation.monitoring,
+            levels=tuple(sorted({*config.risk.levels, level})), horizons=tuple(round(d * 24.0 / hours) for d in days),
+            chunk_size=config.simulation.chunk_size, devices=config.compute.devices, progress=after_batch,
+        )  # fmt: skip
+    session.timings.update(finished.timings)
+    return finished, pd.DataFrame(rows, columns=["n_paths", "measure", "level", "value", "std_error"])
+
+
+def _risk_report(session: Session, finished: Run, convergence: pd.DataFrame) -> RunReport:
+    clock = time.perf_counter()
+    config, partial = session.config, finished.partial
+    measures = pd.DataFrame(summary.measures(finished))
+    level = config.risk.attribution_level
+    days = np.asarray(finished.plan.dates) * session.step_hours / 24.0
+    n = float(partial.n_used)
+    fan = pd.DataFrame(summary.fan(finished, _FAN), columns=[f"q{round(100 * p):02d}" for p in _FAN])
+    fan.insert(0, "day", days)
+    fan.insert(1, "mean", partial.total("equity") / n)
+    start = pd.DataFrame({c: [0.0 if c == "day" else 1.0] for c in fan.columns})
+    edges, density = summary.loss_density(finished)
+    components, contribution = summary.attribution(finished, level)
+    value, error = np.asarray(contribution.value), np.asarray(contribution.std_error)
+    attribution = pd.DataFrame(
+        {
+            "position": [position for position, _ in components],
+            "account": [account for _, account in components],
+            "contribution": value, "std_error": error, "share": value / value.sum(),
+        }
+    )  # fmt: skip
+    session.timings["measure"] = time.perf_counter() - clock
+    return RunReport(
+        job="risk", title=_title(session), capital=config.book.capital, horizon_days=session.horizon_days,
+        n_paths=finished.n_paths, n_steps=session.n_steps, step_hours=session.step_hours, assets=session.market.assets,
+        measures=measures, fan=pd.concat([start, fan], ignore_index=True),
+        loss_histogram=pd.DataFrame({"left": edges[:-1], "right": edges[1:], "density": density}),
+        hazard=_hazard(finished, days), attribution=attribution, attribution_level=level,
+        ledger=_ledger(finished, level), convergence=convergence, worst_paths=_worst_paths(finished),
+        limits=_limits(config, measures), manifest=_manifest(session, finished), **_fit_tables(session),
+    )  # fmt: skip
+
+
+def _hazard(finished: Run, days: np.ndarray) -> pd.DataFrame | None:
+    names = finished.book.account_names
+    if not names:
+        return None
+    n = float(finished.partial.n_used)
+    total = finished.partial.total
+    increment, square = total("hazard") / n, total("hazard_square") / n
+    curve = summary.liquidation_curve(finished.partial)
+    frames = [
+        pd.DataFrame(
+            {
+                "account": name, "day": days, "hazard": increment[:, j],
+                "hazard_std_error": np.sqrt(np.maximum(square[:, j] - increment[:, j] ** 2, 0.0) / n),
+                "cumulative": curve.value[:, j], "cumulative_std_error": curve.std_error[:, j],
+            }
+        )
+        for j, name in enumerate(names)
+    ]  # fmt: skip
+    return pd.concat(frames, ignore_index=True)
+
+
+def _ledger(finished: Run, level: float) -> pd.DataFrame:
+    from qpo_sim.risk import moments
+
+    partial, n = finished.partial, float(finished.partial.n_used)
+    mean = moments.mean(partial.total("accounts"), partial.total("accounts_square"), n)
+    worst = partial.tails[-1].extra["accounts"].astype(np.float64)
+    tail = worst[:, : max(1, round(n * (1.0 - level)))].mean(axis=1)
+    pnl = summary.return_sums(partial, len(finished.horizons) - 1)
+    total = moments.mean(pnl.r1, pnl.r2, n)
+    return pd.DataFrame(
+        {
+            "account": [*ACCOUNTS, "total"],
+            "mean": [*mean.value, float(total.value)],
+            "std_error": [*mean.std_error, float(total.std_error)],
+            "tail_mean": [*tail, tail.sum()],
+        }
+    )
+
+
+def _worst_paths(finished: Run) -> pd.DataFrame:
+    tail = finished.partial.tails[-1]
+    names = finished.book.account_names
+    hit = tail.extra["is_liquidated"]
+    return pd.DataFrame(
+        {
+            "path": tail.path[:_N_WORST],
+            "loss": tail.loss[:_N_WORST].astype(np.float64),
+            "max_drawdown": tail.extra["max_drawdown"][0, :_N_WORST].astype(np.float64),
+            "liquidated": [
+                ",".join(name for name, flag in zip(names, hit[:, k], strict=True) if flag > 0.5)
+                for k in range(min(_N_WORST, tail.loss.size))
+            ],
+        }
+    )
+
+
+def _limits(config: Config, measures: pd.DataFrame) -> pd.DataFrame | None:
+    rows = []
+    for limit in config.risk.limits:
+        horizon = measures["horizon_days"].max() if limit.horizon_days is None else limit.horizon_days
+        chosen = measures[(measures["measure"] == limit.measure) & np.isclose(measures["horizon_days"], horizon)]
+        if limit.level is not None:
+            chosen = chosen[np.isclose(chosen["level"], limit.level)]
+        chosen = chosen[chosen["account"] == limit.account] if limit.account else chosen
+        if chosen.empty:
+            raise InputError(
+                f"risk.limits: {limit.name} bounds {limit.measure}, which this run does not have for account "
+                f"{limit.account or 'the whole book'!r}, level {limit.level} and {horizon:g} days."
+            )
+        # Without an account, a measure that exists per account is bounded at its largest.
+        row = chosen.loc[chosen["value"].idxmax()]
+        value, error = float(row["value"]), float(row["std_error"])
+        bar = _ERROR_BAR * error if np.isfinite(error) else 0.0
+        status = "breached" if value - bar > limit.max else "within error" if value + bar > limit.max else "ok"
+        rows.append((limit.name, limit.measure, limit.max, value, error, status))
+    if not rows:
+        return None
+    return pd.DataFrame(rows, columns=["name", "measure", "limit", "value", "std_error", "status"])
+
+
+def _labels(n_regimes: int) -> list[str]:
+    return {1: ["all days"], 2: ["calm", "turbulent"], 3: ["calm", "middle", "turbulent"]}.get(
+        n_regimes, [f"regime {k + 1}" for k in range(n_regimes)]
+    )
+
+
+def _fit_tables(session: Session) -> dict[str, Any]:
+    fit, assets = session.fit, list(session.market.assets)
+    if fit is None:
+        chol = np.asarray(session.market.correlation_cholesky[0], np.float64)
+        return {"correlation": {"all days": pd.DataFrame(chol @ chol.T, assets, assets)}}
+    labels = _labels(fit.transition.shape[0])
+    correlation = fit.correlation()
+    off = ~np.eye(len(assets), dtype=bool)
+    table = pd.DataFrame(
+        {
+            "regime": labels,
+            "share": fit.smoothed.mean(axis=0),
+            "mean_duration_days": fit.durations * fit.step_hours / 24.0,
+            "dof": fit.dof,
+            "mean_volatility_per_year": fit.volatility_per_year().mean(axis=1),
+            "mean_correlation": [float(c[off].mean()) if off.any() else np.nan for c in correlation],
+        }
+    )
+    first = session.prices.iloc[:, 0]
+    return {
+        "regime_history": pd.DataFrame(fit.smoothed, index=session.returns.index, columns=labels),
+        "price_history": first.loc[session.returns.index].rename(str(first.name)),
+        "regime_table": table,
+        "correlation": {label: pd.DataFrame(c, assets, assets) for label, c in zip(labels, correlation, strict=True)},
+    }
+
+
+def _title(session: Session) -> str:
+    kind = {"regime_student_t": "regime-switching Student-t market", "gbm": "geometric Brownian motion"}
+    drift = session.config.market.drift.kind
+    source = "embedded daily prices" if session.config.data.path is None else Path(session.config.data.path).name
+    return f"{len(session.market.assets)} assets, {kind[session.config.market.kind]}, {drift} drift, {source}"
+
+
+def _manifest(session: Session, finished: Run | None = None) -> dict[str, Any]:
+    fit = session.fit
+    content: dict[str, Any] = {
+        "versions": {name: _version(name) for name in ("qpo-sim", "jax", "jaxlib", "numpy", "optax", "pandas", "hydra-core")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [str(d) for d in jax.devices()],
+        "seed": session.config.seed,
+        "data": {
+            "fingerprint": data.fingerprint(session.prices), "rows": len(session.prices),
+            "first": str(session.prices.index[0]), "last": str(session.prices.index[-1]),
+        },
+        "timings_seconds": {k: round(v, 3) for k, v in session.timings.items()},
+        "config": asdict(session.config),
+    }  # fmt: skip
+    if fit is not None:
+        content["calibration"] = fit.summary()
+    if finished is not None:
+        content["paths_not_finite"] = finished.partial.n_not_finite
+    return content
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,238 @@
+"""The market: regime, volatility, shock and dependence composed into the first stages of the simulation line.
+
+A market is a pytree of parameters (differentiable, sweepable leaf by leaf) with its static shape beside it. `prepare`
+turns the parameters into the constants the kernel reads; `stages` are the pure step functions.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float
+
+from qpo_sim import random
+from qpo_sim.market import regime, shock
+from qpo_sim.numerics import MAX_UNROLLED_ASSETS, regime_matvec, rows_like, select
+from qpo_sim.random import Stream
+from qpo_sim.types import Array, Context, Stage, Upstream
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Market:
+    r"""Regime-switching market with multivariate Student-t (or Gaussian) log-returns.
+
+    Per base step, in regime k: $r = \mu_k + H\, \mathrm{diag}(\sigma_k) L_k z$ with $L_k L_k'$ the correlation matrix, z
+    standard normal and H the shared mixing scale (see `shock`; H = 1 when `dof` is None). A run may use several
+    sub-steps per base step: regime and mixing scale are held within the base step and the Gaussian part is a Brownian
+    motion, so the law of a base step does not depend on the number of sub-steps.
+
+    Attributes:
+      initial: law of the regime just before the first step (the filtered law of the last observed day).
+      transition: rows sum to one; the regime moves before each base step.
+      drift: mean log-return per base step.
+      volatility: standard deviation of the log-return per base step, before the cut of the mixing variable.
+      correlation_cholesky: lower Cholesky factor of each regime's correlation matrix.
+      dof: degrees of freedom per regime (> 2), or None for Gaussian shocks.
+      assets: names, in column order (static).
+      step_hours: length of the base step in hours (static).
+      mixing_cut: probability of the far quantile at which the mixing variable is cut (static).
+
+    Pathwise gradient: drift, volatility, correlation_cholesky, dof. None: initial, transition (discrete draws).
+    """
+
+    initial: Float[Array, " regimes"]
+    transition: Float[Array, "regimes regimes"]
+    drift: Float[Array, "regimes assets"]
+    volatility: Float[Array, "regimes assets"]
+    correlation_cholesky: Float[Array, "regimes assets assets"]
+    dof: Float[Array, " regimes"] | None
+    assets: tuple[str, ...] = field(metadata={"static": True})
+    step_hours: float = field(default=24.0, metadata={"static": True})
+    mixing_cut: float = field(default=shock.MIXING_CUT, metadata={"static": True})
+
+    @property
+    def n_assets(self) -> int:
+        """Number of assets."""
+        return len(self.assets)
+
+    @property
+    def n_regimes(self) -> int:
+        """Number of regimes."""
+        return self.initial.shape[0]
+
+
+class Mixing(NamedTuple):
+    """Polynomial of the log mixing scale per regime, and the score at which it is cut."""
+
+    coefficients: Float[Array, "coefficients regimes"]
+    floor: Float[Array, ""]
+
+
+class Prepared(NamedTuple):
+    """What the kernel reads of a market; drift, factor and covariance are per simulation step."""
+
+    initial_cuts: Float[Array, " cuts"]
+    transition_cuts: Float[Array, "regimes cuts"]
+    drift: Float[Array, "regimes assets"]
+    factor: Float[Array, "regimes assets assets"]
+    covariance: Float[Array, "regimes assets assets"]
+    mixing: Mixing | None
+
+
+class Scale(NamedTuple):
+    """Conditional scale of one step: given it the log-returns are Gaussian with covariance H^2 Sigma_k."""
+
+    masks: tuple[Array, ...]
+    mixing: Array
+
+
+def prepare(market: Market, *, sub_steps: int = 1) -> Prepared:
+    """Constants of the kernel for a market whose base step is cut into `sub_steps` simulation steps."""
+    factor = market.volatility[:, :, None] * market.correlation_cholesky / jnp.sqrt(jnp.asarray(sub_steps, market.drift.dtype))
+    mixing = None
+    if market.dof is not None:
+        floor = jnp.asarray(shock.score_floor(market.mixing_cut), market.drift.dtype)
+        mixing = Mixing(shock.mixing_coefficients(market.dof), floor)
+    return Prepared(
+        initial_cuts=regime.thresholds(market.initial),
+        transition_cuts=regime.thresholds(market.transition),
+        drift=market.drift / sub_steps,
+        factor=factor,
+        covariance=jnp.einsum("kij,klj->kil", factor, factor, precision=lax.Precision.HIGHEST),
+        mixing=mixing,
+    )
+
+
+def step_covariance(prepared: Prepared, scale: Scale, i: int, j: int) -> Float[Array, " paths"]:
+    """Conditional covariance of the log-returns of assets i and j over one simulation step."""
+    covariance = select(scale.masks, prepared.covariance[:, i, j])
+    return covariance if prepared.mixing is None else covariance * scale.mixing * scale.mixing
+
+
+def regime_label(masks: tuple[Array, ...], like: Array) -> Array:
+    """Regime number as a floating row (0 is the calm one)."""
+    return sum(((k + 1) * mask for k, mask in enumerate(masks)), jnp.zeros_like(like))
+
+
+def stages(market: Market) -> tuple[Stage, ...]:
+    """The market's part of the line: draws, then regime and scale, then log-prices.
+
+    The last stage's state is `log_price` (cumulative log-return since the start, rows by asset) and its latch the `Scale`
+    of the step.
+    """
+    dtype = market.drift.dtype
+    n_pairs = (market.n_assets + 1) // 2
+    draws_regime = market.n_regimes > 1
+    draws_mixing = market.dof is not None
+
+    def draws_init(context: Context):
+        # One word pair per base step: real part the regime's uniform, imaginary part the mixing score.
+        return (), jnp.full(context.path.shape, 0.5 + 0.0j, jnp.complex64)
+
+    def draws_step(context: Context, t, state, upstream: Upstream):
+        if not (draws_regime or draws_mixing):
+            return (), draws_init(context)[1]
+        word0, word1 = random.bits(context.keys[Stream.REGIME], context.path, t // context.sub_steps, 0)
+        return (), lax.complex(random.uniform(word0), random.normal_score(word1))
+
+    def regime_init(context: Context):
+        step = jnp.zeros((), jnp.int32)
+        u = random.uniform(random.bits(context.keys[Stream.START], context.path, step, 0)[0]).astype(dtype)
+        cuts = context.market.initial_cuts
+        masks = regime.masks_from_uniform(u, [cuts[k] for k in range(cuts.shape[0])])
+        scale = Scale(masks, jnp.ones_like(u))
+        pairs = tuple(jnp.zeros(u.shape, jnp.complex64) for _ in range(n_pairs))
+        return scale, (scale, pairs)
+
+    def regime_step(context: Context, t, state: Scale, upstream: Upstream):
+        u, score = upstream.latch.real.astype(dtype), upstream.latch.imag.astype(dtype)
+        masks = regime.next_masks(u, state.masks, context.market.transition_cuts) if draws_regime else ()
+        mixing = state.mixing
+        if draws_mixing:
+            mixing = shock.mixing_scale(score, masks, *context.market.mixing)
+        scale = Scale(masks, mixing)
+        if context.sub_steps > 1:
+            opens = t % context.sub_steps == 0
+            scale = jax.tree.map(lambda new, old: jnp.where(opens, new, old), scale, state)
+        pairs = tuple(
+            random.normal_pair(*random.bits(context.keys[Stream.SHOCK], context.path, t, slot)) for slot in range(n_pairs)
+        )
+        return scale, (scale, pairs)
+
+    def price_init(context: Context):
+        zero = jnp.zeros(context.path.shape, dtype)
+        rows = (zero,) * market.n_assets
+        log_price = rows if market.n_assets <= MAX_UNROLLED_ASSETS else jnp.stack(rows)
+        scale = Scale(_no_masks(market, zero), jnp.ones_like(zero))
+        return log_price, scale
+
+    def price_step(context: Context, t, state, upstream: Upstream):
+        scale, pairs = upstream.latch
+        z = [part(pair).astype(dtype) for pair in pairs for part in (jnp.real, jnp.imag)][: market.n_assets]
+        prepared = context.market
+        shocks = regime_matvec(prepared.factor, scale.masks, z)
+        log_price = rows_like(
+            state,
+            [
+                state[i] + select(scale.masks, prepared.drift[:, i]) + (shocks[i] * scale.mixing if draws_mixing else shocks[i])
+                for i in range(market.n_assets)
+            ],
+        )
+        return log_price, scale
+
+    return (
+        Stage("draws", draws_init, draws_step),
+        Stage("regime", regime_init, regime_step),
+        Stage("price", price_init, price_step),
+    )
+
+
+class MarketRecord(NamedTuple):
+    """Market paths kept whole: what a book needs of every step."""
+
+    log_price: Float[Array, "steps assets paths"]
+    masks: Float[Array, "steps masks paths"]
+    mixing: Float[Array, "steps paths"]
+
+
+def record_stage(market: Market) -> Stage:
+    """Observer behind the market's stages that keeps a `MarketRecord`."""
+
+    def init(context: Context):
+        def zeros(*shape: int) -> Array:
+            return jnp.zeros((context.n_steps, *shape, *context.path.shape), market.drift.dtype)
+
+        return MarketRecord(zeros(market.n_assets), zeros(market.n_regimes - 1), zeros()), ()
+
+    def step(context: Context, t, state: MarketRecord, upstream: Upstream):
+        scale: Scale = upstream.latch
+        slot = jnp.clip(t, 0, context.n_steps - 1)
+        put = lax.dynamic_update_index_in_dim
+        masks = put(state.masks, jnp.stack(scale.masks), slot, 0) if scale.masks else state.masks
+        log_price = put(state.log_price, jnp.stack(list(upstream.state)), slot, 0)
+        return MarketRecord(log_price, masks, put(state.mixing, scale.mixing, slot, 0)), ()
+
+    return Stage("record", init, step)
+
+
+def replay_stages(market: Market) -> tuple[Stage, ...]:
+    """The market's part of the line when `Context.record` already holds its paths."""
+
+    def init(context: Context):
+        zero = jnp.zeros(context.path.shape, market.drift.dtype)
+        return (zero,) * market.n_assets, Scale(_no_masks(market, zero), jnp.ones_like(zero))
+
+    def step(context: Context, t, state, upstream: Upstream):
+        slot = jnp.clip(t, 0, context.n_steps - 1)
+        row = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, slot, 0, keepdims=False), context.record)
+        masks = tuple(row.masks[k] for k in range(market.n_regimes - 1))
+        return tuple(row.log_price[i] for i in range(market.n_assets)), Scale(masks, row.mixing)
+
+    return (Stage("price", init, step),)
+
+
+def _no_masks(market: Market, zero: Array) -> tuple[Array, ...]:
+    return (zero,) * (market.n_regimes - 1)

@@ -1,0 +1,120 @@
+"""Addressed random numbers: every draw is a pure function of (seed, stream, path, step, slot) and of nothing else.
+
+The generator is Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as
+1, 2, 3"). The key is made from (seed, stream); the counter is the path number and the packed (step, slot). So path 17
+draws the same numbers whatever the chunk size, the device count or the other paths, and a run can be replayed path by
+path. `jax.random` makes 64 bits for each 32 it uses and costs several times more on CPU.
+"""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Complex64, Float32, Int, UInt32
+
+from qpo_sim.types import Array
+
+SLOT_BITS = 12
+MAX_STEPS = 2 ** (32 - SLOT_BITS)
+MAX_SLOTS = 2**SLOT_BITS
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+
+
+class Stream(IntEnum):
+    """What a family of draws feeds. A number here is part of every address: append, never renumber."""
+
+    START = 0
+    REGIME = 1
+    SHOCK = 2
+    LIQUIDATION = 3
+
+
+class StreamKey(NamedTuple):
+    """Threefry key of one stream of one seed."""
+
+    high: UInt32[Array, ""]
+    low: UInt32[Array, ""]
+
+
+def threefry2x32(x0: Array, x1: Array, key: StreamKey, *, n_rounds: int = 20) -> tuple[Array, Array]:
+    """Threefry-2x32 block cipher on two words of 32 bits; works on numpy and JAX arrays alike."""
+    u32 = np.uint32
+    schedule = (key.high, key.low, key.high ^ key.low ^ u32(_PARITY))
+    x0, x1 = x0 + schedule[0], x1 + schedule[1]
+    for r in range(n_rounds):
+        shift = _ROTATIONS[(r // 4) % 2][r % 4]
+        x0 = x0 + x1
+        x1 = ((x1 << u32(shift)) | (x1 >> u32(32 - shift))) ^ x0
+        if r % 4 == 3:
+            j = r // 4 + 1
+            x0, x1 = x0 + schedule[j % 3], x1 + schedule[(j + 1) % 3] + u32(j)
+    return x0, x1
+
+
+def stream_key(seed: int, stream: Stream) -> StreamKey:
+    """Key of a stream: the cipher applied to the stream's number under the 64-bit seed, so keys share no structure."""
+    seed_key = StreamKey(np.uint32((seed >> 32) & 0xFFFFFFFF), np.uint32(seed & 0xFFFFFFFF))
+    with np.errstate(over="ignore"):
+        high, low = threefry2x32(np.uint32([int(stream)]), np.uint32([0]), seed_key)
+    return StreamKey(high[0], low[0])
+
+
+def stream_keys(seed: int) -> dict[Stream, StreamKey]:
+    """Keys of all streams of a seed; a pytree, so that a new seed does not recompile."""
+    return {stream: stream_key(seed, stream) for stream in Stream}
+
+
+def bits(key: StreamKey, path: UInt32[Array, " paths"], step: Int[Array, ""], slot: int) -> tuple[Array, Array]:
+    """Two rows of 32 random bits per path at address (step, slot)."""
+    word = (step.astype(jnp.uint32) << np.uint32(SLOT_BITS)) + np.uint32(slot)
+    return threefry2x32(path, jnp.broadcast_to(word, path.shape), key)
+
+
+def uniform(word: UInt32[Array, "..."]) -> Float32[Array, "..."]:
+    """Uniform on (0, 1) with 23 bits, at the middle of its cell: never 0, never 1."""
+    one_to_two = lax.bitcast_convert_type((word >> np.uint32(9)) | np.uint32(0x3F800000), jnp.float32)
+    return one_to_two - np.float32(1.0 - 2.0**-24)
+
+
+def normal_score(word: UInt32[Array, "..."]) -> Float32[Array, "..."]:
+    """Standard normal by inversion, monotone in the bits; |value| <= 5.42 (24 bits)."""
+    signed = lax.bitcast_convert_type(word, jnp.int32).astype(jnp.float32)
+    centred = (signed + np.float32(0.5)) * np.float32(2.0**-31 * (1.0 - 2.0**-24))
+    return np.float32(np.sqrt(2.0)) * lax.erf_inv(centred)
+
+
+def _sin_cos(word: Array) -> tuple[Array, Array]:
+    # jnp.sin and jnp.cos are scalar calls on XLA:CPU. Two bits choose the quadrant, the others an angle in
+    # [-pi/4, pi/4] where short minimax polynomials (Cephes sinf, cosf) are exact to float32.
+    quadrant = word >> np.uint32(30)
+    cell = lax.bitcast_convert_type(((word << np.uint32(2)) >> np.uint32(9)) | np.uint32(0x3F800000), jnp.float32)
+    y = (cell - np.float32(1.5 - 2.0**-24)) * np.float32(np.pi / 2.0)
+    y2 = y * y
+    f = np.float32
+    sine = y + y * y2 * (f(-1.6666654611e-1) + y2 * (f(8.3321608736e-3) + y2 * f(-1.9515295891e-4)))
+    tail = f(4.166664568298827e-2) + y2 * (f(-1.388731625493765e-3) + y2 * f(2.443315711809948e-5))
+    cosine = f(1.0) + y2 * (f(-0.5) + y2 * tail)
+    swap = (quadrant & np.uint32(1)) != 0
+    a, b = jnp.where(swap, cosine, sine), jnp.where(swap, sine, cosine)
+    sign_a = (quadrant & np.uint32(2)) << np.uint32(30)
+    sign_b = sign_a ^ ((quadrant & np.uint32(1)) << np.uint32(31))
+
+    def flip(x: Array, sign: Array) -> Array:
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) ^ sign, jnp.float32)
+
+    return flip(a, sign_a), flip(b, sign_b)
+
+
+def normal_pair(word0: UInt32[Array, "..."], word1: UInt32[Array, "..."]) -> Complex64[Array, "..."]:
+    """Two independent standard normals (Box-Muller) as the real and imaginary part of one complex number.
+
+    XLA:CPU computes a fused value once per consumer. One complex element is one consumer, so the cipher behind it runs
+    once for both normals instead of twice.
+    """
+    radius = jnp.sqrt(np.float32(-2.0) * jnp.log(uniform(word0)))
+    sine, cosine = _sin_cos(word1)
+    return lax.complex(radius * cosine, radius * sine)

@@ -1,0 +1,310 @@
+"""The one loop: paths through a market and a book, step by step, and what observers keep of them.
+
+The loop is a line of stages with a latch between neighbours. At iteration i stage k works on step i - k and reads only
+the carry: its own state and the state and latch of the stage before it. XLA on CPU computes a value once per consumer
+inside a loop body, so a value that several others need is put into a latch and computed once. While the line fills and
+drains, a stage whose step lies outside the run keeps its state; that costs one select and spares compiling the body
+again for each partial iteration.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Bool, Float, UInt32
+
+from qpo_sim.book import ledger
+from qpo_sim import random
+from qpo_sim.book.ledger import Book, Conditional
+from qpo_sim.errors import InputError
+from qpo_sim.market import model as market_model
+from qpo_sim.market.model import Market, MarketRecord, Prepared
+from qpo_sim.types import Array, Context, Stage, Upstream
+
+MAX_DATES = 64
+MONITORING = ("bridge", "step")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is simulated and what is kept; static, one compiled program per plan and shape.
+
+    Attributes:
+      n_steps: simulation steps.
+      step_hours: length of a step; it must divide the market's base step.
+      monitoring: liquidation tested "bridge" (between the step ends too) or "step" (at the step ends only).
+      dates: step counts after which the equity is recorded, increasing, the last one `n_steps`.
+      attribution: keep P&L accounts and components.
+      drawn: carry the drawn branch; without it only `Outcome.conditional` is known (what gradients need).
+      record_paths: keep the accounts at every date (for replay).
+    """
+
+    n_steps: int
+    step_hours: float = 24.0
+    monitoring: str = "bridge"
+    dates: tuple[int, ...] = ()
+    attribution: bool = True
+    drawn: bool = True
+    record_paths: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks what cannot be simulated; fills in the dates."""
+        if not 1 <= self.n_steps < random.MAX_STEPS:
+            raise InputError(f"n_steps is {self.n_steps}; it must lie in 1..{random.MAX_STEPS - 1}.")
+        if self.monitoring not in MONITORING:
+            raise InputError(f"monitoring is {self.monitoring!r}; it must be one of {', '.join(MONITORING)}.")
+        dates = self.dates or default_dates(self.n_steps)
+        if list(dates) != sorted(set(dates)) or dates[0] < 1 or dates[-1] != self.n_steps:
+            raise InputError(f"dates must increase from at least 1 to n_steps = {self.n_steps}, got {list(dates)}.")
+        object.__setattr__(self, "dates", tuple(int(d) for d in dates))
+
+
+def default_dates(n_steps: int, wanted: Sequence[int] = ()) -> tuple[int, ...]:
+    """Step counts to record: every step while there are few, else an even grid; always those wanted and the last."""
+    if n_steps <= MAX_DATES:
+        grid = range(1, n_steps + 1)
+    else:
+        grid = np.unique(np.round(np.linspace(0, n_steps, MAX_DATES + 1))[1:].astype(int)).tolist()
+    return tuple(sorted({*grid, *(int(w) for w in wanted), n_steps}))
+
+
+class Record(NamedTuple):
+    """The accounts at the plan's dates: equity and liquidations of the drawn branch, and the log distance to
+    liquidation of the account as if it had not been liquidated."""  # fmt: skip
+
+    account_equity: Float[Array, "dates accounts paths"]
+    is_liquidated: Float[Array, "dates accounts paths"]
+    distance: Float[Array, "dates accounts paths"]
+
+
+class Outcome(NamedTuple):
+    """What one batch of paths leaves behind; the path axis is last, money in units of the starting capital.
+
+    Attributes:
+      equity: book equity at the plan's dates.
+      max_drawdown: largest fall from the running peak (the start counts as a peak), as a share of the peak.
+      hit_probability: per date and account, the conditional probability given the path's step ends that the account has
+        been liquidated by then (1 - survival weight).
+      is_liquidated: drawn branch, per account.
+      account_equity: drawn branch, per account, at the end.
+      conditional: terminal values of the survival branch.
+      accounts: P&L by account (price, funding, interest, fees, liquidation), None without attribution.
+      components: P&L by `Book.components`, None without attribution.
+      is_finite: False where any number of the path is not finite.
+      record: accounts at every date, None unless asked for.
+
+    Without the drawn branch only `conditional` and `is_finite` are there.
+
+    Pathwise gradient: `conditional` and `hit_probability` in every leaf of the book and in the market's drift,
+    volatility, correlation and dof (bridge monitoring). The drawn branch is blind to how liquidation times move.
+    """
+
+    equity: Float[Array, "dates paths"] | None
+    max_drawdown: Float[Array, " paths"] | None
+    hit_probability: Float[Array, "dates accounts paths"] | None
+    is_liquidated: Bool[Array, "accounts paths"] | None
+    account_equity: Float[Array, "accounts paths"] | None
+    conditional: Conditional
+    accounts: dict[str, Array] | None
+    components: Float[Array, "components paths"] | None
+    is_finite: Bool[Array, " paths"]
+    record: Record | None
+
+
+class ObserverState(NamedTuple):
+    """Running peak and drawdown, and the recorded dates."""
+
+    peak: Array
+    drawdown: Array
+    equity: Array
+    hit_probability: Array
+    record: Record | None
+
+
+def _observer(market: Market, book: Book, plan: Plan) -> Stage:
+    # Slot of the date at or after each step: later steps of the same slot overwrite earlier ones, so that each slot ends
+    # with the value at its date and no step needs a branch.
+    slots = np.searchsorted(np.asarray(plan.dates), np.arange(plan.n_steps) + 1)
+    n_dates, n_accounts = len(plan.dates), book.n_accounts
+
+    def init(context: Context):
+        one = jnp.ones(context.path.shape, context.market.drift.dtype)
+        zeros = lambda *shape: jnp.zeros((*shape, *one.shape), one.dtype)  # noqa: E731
+        record = None
+        if plan.record_paths:
+            record = Record(*[zeros(n_dates, n_accounts)] * 3)
+        return ObserverState(one, 0.0 * one, zeros(n_dates), zeros(n_dates, n_accounts), record), ()
+
+    def step(context: Context, t, state: ObserverState, upstream: Upstream):
+        books, equity = upstream.state, upstream.latch
+        slot = jnp.asarray(slots, jnp.int32)[jnp.clip(t, 0, plan.n_steps - 1)]
+        peak = jnp.maximum(state.peak, equity)
+        hits = [s.hit_probability for s in books.survival]
+        hit_probability = state.hit_probability
+        if hits:
+            hit_probability = lax.dynamic_update_index_in_dim(hit_probability, jnp.stack(hits), slot, 0)
+        record = state.record
+        if record is not None and n_accounts:
+            accounts = (*books.perpetuals, *books.loans)
+            closed = [1.0 - s.alive for s in books.perpetuals] + [s.liquidated for s in books.loans]
+            now = Record(
+                jnp.stack([s.equity for s in accounts]), jnp.stack(closed), jnp.stack([s.distance for s in books.survival])
+            )
+            record = jax.tree.map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, slot, 0), record, now)
+        return ObserverState(
+            peak,
+            jnp.maximum(state.drawdown, 1.0 - equity / peak),
+            lax.dynamic_update_index_in_dim(state.equity, equity, slot, 0),
+            hit_probability,
+            record,
+        ), ()
+
+    return Stage("observe", init, step)
+
+
+def run_line(stages: Sequence[Stage], context: Context) -> list[Any]:
+    """States of all stages after `context.n_steps` steps."""
+    depth, n_steps = len(stages), context.n_steps
+    started = [stage.init(context) for stage in stages]
+    states, latches = [s for s, _ in started], [latch for _, latch in started]
+
+    def body(carry, i):
+        states, latches = carry
+        new_states, new_latches = [], []
+        for k, stage in enumerate(stages):
+            t = i - k
+            upstream = Upstream(states[k - 1], latches[k - 1]) if k else Upstream((), ())
+            state, latch = stage.step(context, t, states[k], upstream)
+            runs = (t >= 0) & (t < n_steps)
+            new_states.append(jax.tree.map(lambda new, old, runs=runs: jnp.where(runs, new, old), state, states[k]))
+            new_latches.append(latch)
+        return (new_states, new_latches), None
+
+    (states, _), _ = lax.scan(body, (states, latches), jnp.arange(n_steps + depth - 1, dtype=jnp.int32))
+    return states
+
+
+def record_market(market: Market, prepared: Prepared, keys: Any, path: UInt32[Array, " paths"], plan: Plan) -> MarketRecord:
+    """The market's paths alone, kept whole; traceable. A book simulated on them sees the same numbers as in a run."""
+    sub_steps = round(market.step_hours / plan.step_hours)
+    context = Context(prepared, None, keys, path, plan.n_steps, sub_steps, plan.step_hours)
+    return run_line((*market_model.stages(market), market_model.record_stage(market)), context)[-1]
+
+
+def record_bytes(market: Market, plan: Plan, n_paths: int) -> int:
+    """Memory of `record_market`."""
+    rows = market.n_assets + market.n_regimes
+    return rows * plan.n_steps * n_paths * market.drift.dtype.itemsize
+
+
+def simulate_prepared(
+    market: Market, prepared: Prepared, book: Book, keys: Any, path: UInt32[Array, " paths"], plan: Plan,
+    record: MarketRecord | None = None,
+) -> Outcome:  # fmt: skip
+    """Outcome of the given paths; traceable, to be jitted by the caller.
+
+    Args:
+      market: static shape of the market.
+      prepared: its constants, from `market.prepare`.
+      book: see `book`.
+      keys: stream keys of the seed.
+      path: path numbers.
+      plan: steps and what is kept.
+      record: market paths made before with `record_market`; else they are made on the way.
+    """
+    sub_steps = round(market.step_hours / plan.step_hours)
+    context = Context(prepared, book, keys, path, plan.n_steps, sub_steps, plan.step_hours, record)
+    line = (
+        *(market_model.stages(market) if record is None else market_model.replay_stages(market)),
+        *ledger.stages(book, monitoring=plan.monitoring, attribution=plan.attribution, drawn=plan.drawn, record=plan.record_paths),
+    )
+    if plan.drawn:
+        line = (*line, _observer(market, book, plan))
+    states = dict(zip([stage.name for stage in line], run_line(line, context), strict=True))
+    closing = ledger.close(
+        book, context, states["price"], states["margin"], states["settle"], attribution=plan.attribution, drawn=plan.drawn
+    )
+    if not plan.drawn:
+        conditional = closing.conditional
+        is_finite = jnp.isfinite(conditional.outright + jnp.sum(conditional.survived + conditional.liquidated, axis=0))
+        return Outcome(None, None, None, None, None, conditional, None, None, is_finite, None)
+    seen: ObserverState = states["observe"]
+    is_finite = jnp.all(jnp.isfinite(seen.equity), axis=0) & jnp.isfinite(seen.drawdown)
+    if book.n_accounts:
+        is_finite = is_finite & jnp.all(jnp.isfinite(seen.hit_probability), axis=(0, 1))
+    return Outcome(
+        equity=seen.equity,
+        max_drawdown=seen.drawdown,
+        hit_probability=seen.hit_probability,
+        is_liquidated=closing.is_liquidated,
+        account_equity=closing.account_equity,
+        conditional=closing.conditional,
+        accounts=closing.accounts,
+        components=closing.components,
+        is_finite=is_finite,
+        record=seen.record,
+    )
+
+
+def check_fit(market: Market, book: Book, plan: Plan) -> int:
+    """Number of simulation steps per base step.
+
+    Raises:
+      InputError: market and book disagree on the assets, or the step does not divide the base step.
+    """
+    if market.assets != book.assets:
+        raise InputError(f"the book is built for {', '.join(book.assets)}, the market has {', '.join(market.assets)}.")
+    ratio = market.step_hours / plan.step_hours
+    if abs(ratio - round(ratio)) > 1e-9 or ratio < 0.5:
+        raise InputError(
+            f"step_hours is {plan.step_hours:g}; it must divide the market's base step of {market.step_hours:g} hours."
+        )
+    return round(ratio)
+
+
+@partial(jax.jit, static_argnames="plan")
+def _simulate(market: Market, book: Book, keys: Any, path: Array, plan: Plan) -> Outcome:
+    prepared = market_model.prepare(market, sub_steps=round(market.step_hours / plan.step_hours))
+    return simulate_prepared(market, prepared, book, keys, path, plan)
+
+
+def simulate_paths(market: Market, book: Book, path: Any, plan: Plan, *, seed: int = 0) -> Outcome:
+    """Outcome of the named paths, all in memory: the pure function behind runs, gradients and replay.
+
+    Args:
+      market: see `market`.
+      book: see `book`; its assets must be the market's.
+      path: path numbers, an integer array, or an int n for the paths 0..n-1.
+      plan: steps, monitoring and what is kept.
+      seed: 64-bit seed; a path is the same path whichever others are asked for with it.
+
+    Raises:
+      InputError: market, book and plan do not fit together.
+    """
+    check_fit(market, book, plan)
+    path = jnp.arange(path, dtype=jnp.uint32) if isinstance(path, int) else jnp.asarray(path, jnp.uint32)
+    return _simulate(market, book, random.stream_keys(seed), path, plan)
+
+
+@partial(jax.jit, static_argnames="plan")
+def _record(market: Market, keys: Any, path: Array, plan: Plan) -> MarketRecord:
+    prepared = market_model.prepare(market, sub_steps=round(market.step_hours / plan.step_hours))
+    return record_market(market, prepared, keys, path, plan)
+
+
+def market_paths(market: Market, path: Any, plan: Plan, *, seed: int = 0) -> MarketRecord:
+    """Market paths at every step: cumulative log-returns, one-hot regimes and mixing scales.
+
+    Args:
+      market: see `market`.
+      path: path numbers, or an int n for the paths 0..n-1.
+      plan: steps.
+      seed: 64-bit seed.
+    """
+    path = jnp.arange(path, dtype=jnp.uint32) if isinstance(path, int) else jnp.asarray(path, jnp.uint32)
+    return _record(market, random.stream_keys(seed), path, plan)

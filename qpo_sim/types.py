@@ -1,0 +1,62 @@
+"""Names that every other module shares: array aliases and the Monte Carlo estimate."""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+
+Array = Any  # a numpy or a JAX array; shapes are written with jaxtyping where they are fixed
+
+HOURS_PER_YEAR = 24.0 * 365.0
+DAYS_PER_YEAR = 365.0
+
+
+class Estimate(NamedTuple):
+    """A Monte Carlo number and its standard error (same shape, same unit).
+
+    `std_error` covers sampling error only; parameter and model error are not in it.
+    """
+
+    value: Float[Array, "..."]
+    std_error: Float[Array, "..."]
+
+    def interval(self, n_sigma: float = 1.959963984540054) -> tuple[Any, Any]:
+        """Normal confidence interval, 95 % by default."""
+        return self.value - n_sigma * self.std_error, self.value + n_sigma * self.std_error
+
+
+class Upstream(NamedTuple):
+    """What a stage sees of the stage before it, as it stood after the previous iteration of the line."""
+
+    state: Any
+    latch: Any
+
+
+class Context(NamedTuple):
+    """What every stage of a run may read: parameters, draw keys and path numbers (traced), and the clock (static).
+
+    `market` and `book` hold prepared parameters; `path` is the row of 32-bit path numbers; `sub_steps` counts the
+    simulation steps per base step of the market; `step_hours` is the length of a simulation step. `record` holds market
+    paths made before, when a book is simulated on them.
+    """
+
+    market: Any
+    book: Any
+    keys: Any
+    path: Any
+    n_steps: int
+    sub_steps: int
+    step_hours: float
+    record: Any = None
+
+
+class Stage(NamedTuple):
+    """One stage of the simulation line: a pure pair of functions, one simulation step at a time.
+
+    `init(context) -> (state, latch)` gives the state before step 0 and a harmless latch of the right shape;
+    `step(context, t, state, upstream) -> (state, latch)` works on step t. The latch is what the next stage reads one
+    iteration later; the next stage may also read the state itself, which costs nothing.
+    """
+
+    name: str
+    init: Any
+    step: Any
