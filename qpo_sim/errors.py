@@ -1,4 +1,7 @@
-"""The one exception that bad user input raises, and the check that several borders share."""
+"""The one exception that bad user input raises, and the hints and checks that several borders share."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class InputError(ValueError):
@@ -18,3 +21,22 @@ def check_level(level: float) -> float:
     if not 0.0 < level < 1.0:
         raise InputError(f"confidence level is {level}; it must lie strictly between 0 and 1, e.g. 0.99.")
     return level
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """Words that help with a misspelt name: the nearest option, or all of them where none is near and they are few."""
+    names = list(dict.fromkeys(options))
+    near = nearest(word, names)
+    if near is not None:
+        return f"did you mean {near!r}?"
+    if not names:
+        return "there is none to choose from"
+    shown = ", ".join(names[:20])
+    return f"choose from {shown}" + (", ..." if len(names) > 20 else "")
+
+
+def nearest(word: str, options: Iterable[str]) -> str | None:
+    """The option that a misspelt word is most like, capitals aside; None where none is near."""
+    by_folded = {name.casefold(): name for name in reversed(list(options))}
+    near = get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.6)
+    return by_folded[near[0]] if near else None

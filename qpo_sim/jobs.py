@@ -17,6 +17,7 @@ from qpo_sim import compute as engine
 from qpo_sim.book import ACCOUNTS, Book, build_book
 from qpo_sim.calibration import RegimeFit
 from qpo_sim.compute.run import Progress, Run
+from qpo_sim.config import Timeline, check_assets, timeline
 from qpo_sim.config.schema import Config, GbmMarket
 from qpo_sim.errors import InputError
 from qpo_sim.market import Market, presets
@@ -43,23 +44,23 @@ class Session:
     fit: RegimeFit | None
     market: Market
     book: Book
+    timeline: Timeline
     timings: dict[str, float]
 
     @property
     def n_steps(self) -> int:
         """Simulation steps of the run."""
-        simulation = self.config.simulation
-        return simulation.n_steps or round(simulation.horizon_days * 24.0 / self.step_hours)
+        return self.timeline.n_steps
 
     @property
     def step_hours(self) -> float:
         """Length of a simulation step."""
-        return self.config.simulation.step_hours or self.market.step_hours
+        return self.timeline.step_hours
 
     @property
     def horizon_days(self) -> float:
         """Length of the run in days."""
-        return self.n_steps * self.step_hours / 24.0
+        return self.timeline.horizon_days
 
 
 def run(config: Config, folder: Path, progress: ProgressBar) -> int:
@@ -80,7 +81,7 @@ def run(config: Config, folder: Path, progress: ProgressBar) -> int:
     report = {"risk": risk_job, "optimize": optimize_job, "calibrate": calibrate_job, "replay": replay_job}[config.job](
         session, progress
     )
-    written = write_report(report, folder, parquet=None if config.report.parquet == "auto" else config.report.parquet == "true")
+    written = write_report(report, folder, parquet=config.report.parquet, html=config.report.html)
     print(terminal_summary(report, written))
     if report.limits is not None and (report.limits["status"] == "breached").any():
         return LIMIT_BREACHED
@@ -100,12 +101,14 @@ def open_session(config: Config) -> Session:
         missing=options.missing,
     )  # fmt: skip
     returns = data.log_returns(prices)
+    check_assets(config, tuple(prices.columns))
+    steps = timeline(config, data.step_hours(prices))
     timings["data"] = time.perf_counter() - clock
     clock = time.perf_counter()
     fit, market = build_market(config, prices, returns)
     timings["calibrate"] = time.perf_counter() - clock
     last = {asset: float(prices[asset].dropna().iloc[-1]) for asset in prices.columns}
-    return Session(config, prices, returns, fit, market, book_of(config, market, last), timings)
+    return Session(config, prices, returns, fit, market, book_of(config, market, last), steps, timings)
 
 
 def build_market(config: Config, prices: pd.DataFrame, returns: pd.DataFrame) -> tuple[RegimeFit | None, Market]:
@@ -176,7 +179,8 @@ def risk_job(session: Session, progress: ProgressBar) -> RunReport:
 
 def optimize_job(session: Session, progress: ProgressBar) -> RunReport:
     """Risk of the book as it stands, better weights, and both on fresh paths."""
-    report = risk_job(session, progress)
+    finished, convergence = simulate_book(session, progress)
+    report = _risk_report(session, finished, convergence)
     options = session.config.optimizer
     clock = time.perf_counter()
     with progress(total=options.n_steps, desc=f"weights: {options.objective}", unit="step") as bar:
@@ -186,7 +190,7 @@ def optimize_job(session: Session, progress: ProgressBar) -> RunReport:
             risk_aversion=options.risk_aversion, liquidation_penalty=options.liquidation_penalty, lower=options.lower,
             upper=options.upper, gross_leverage=options.gross_leverage, learning_rate=options.learning_rate,
             n_iterations=options.n_steps, n_paths=options.n_paths, n_test_paths=options.n_test_paths,
-            seed=session.config.seed, devices=session.config.compute.devices,
+            seed=session.config.seed, devices=session.config.compute.devices, engine=finished.engine,
         )  # fmt: skip
         bar.update(options.n_steps)
     session.timings["optimize"] = time.perf_counter() - clock
@@ -195,6 +199,9 @@ def optimize_job(session: Session, progress: ProgressBar) -> RunReport:
     )
     trace = np.asarray(found.solution.trace, np.float64)
     comparison = pd.DataFrame(found.comparison)
+    # What was optimised for comes first.
+    first = {"sharpe": "sharpe_ratio", "sortino": "sortino_ratio"}.get(options.objective, "conditional_value_at_risk")
+    comparison = comparison.sort_values("measure", key=lambda name: name != first, kind="stable", ignore_index=True)
     comparison["level"] = np.where(comparison["measure"] == "conditional_value_at_risk", options.level, np.nan)
     return replace(
         report,
@@ -202,7 +209,7 @@ def optimize_job(session: Session, progress: ProgressBar) -> RunReport:
         weights=weights,
         comparison=comparison,
         optimizer_trace=pd.DataFrame({"step": np.arange(trace.size), "objective": trace}),
-        manifest=_manifest(session),
+        manifest=_manifest(session, finished),
     )
 
 
@@ -227,7 +234,9 @@ def replay_job(session: Session, progress: ProgressBar) -> RunReport:
     )  # fmt: skip
     clock = time.perf_counter()
     path = np.array([number], np.uint32)
-    outcome = jax.tree.map(np.asarray, simulate_paths(session.market, session.book, path, plan, seed=session.config.seed))
+    outcome = jax.tree.map(
+        np.asarray, simulate_paths(session.market, session.book, path, plan, seed=session.config.seed)
+    )
     market = jax.tree.map(np.asarray, market_paths(session.market, path, plan, seed=session.config.seed))
     session.timings["replay"] = time.perf_counter() - clock
     days = np.arange(n_steps + 1) * hours / 24.0
@@ -267,7 +276,9 @@ def _events(session: Session, frame: pd.DataFrame, record: Any, regime: np.ndarr
     days = frame.index.to_numpy()[1:]
     labels = _labels(int(session.market.n_regimes))
     rows: list[tuple[float, str]] = [
-        (days[t], f"the market turns {labels[int(regime[t])]}") for t in range(1, regime.size) if regime[t] != regime[t - 1]
+        (days[t], f"the market turns {labels[int(regime[t])]}")
+        for t in range(1, regime.size)
+        if regime[t] != regime[t - 1]
     ]
     for j, name in enumerate(session.book.account_names):
         hits = np.flatnonzero(record.is_liquidated[:, j, 0] > 0.5)
@@ -286,7 +297,6 @@ def simulate_book(session: Session, progress: ProgressBar) -> tuple[Run, pd.Data
     """The streamed run and its running estimates."""
     config = session.config
     hours, n_steps = session.step_hours, session.n_steps
-    days = config.risk.horizons_days or tuple(d for d in (1.0, 7.0) if d * 24.0 / hours <= n_steps and d * 24.0 >= hours)
     level = config.risk.attribution_level
     rows: list[tuple[int, str, float, float, float]] = []
     mark = 1
@@ -297,7 +307,9 @@ def simulate_book(session: Session, progress: ProgressBar) -> tuple[Run, pd.Data
             nonlocal mark
             last = len(state.partial.tails) - 1
             var, cvar = summary.tail_measures(state.partial, last, level)
-            bar.set_postfix_str(f"CVaR{100 * level:g} {100 * float(cvar.value):.2f} ± {100 * float(cvar.std_error):.2f} %")
+            bar.set_postfix_str(
+                f"CVaR{100 * level:g} {100 * float(cvar.value):.2f} ± {100 * float(cvar.std_error):.2f} %"
+            )
             bar.update(state.n_done - bar.n)
             if state.n_done >= mark or state.n_done == state.n_paths:
                 mark = 2 * state.n_done
@@ -307,7 +319,7 @@ def simulate_book(session: Session, progress: ProgressBar) -> tuple[Run, pd.Data
         finished = engine.run(
             session.market, session.book, n_paths=config.simulation.n_paths, n_steps=n_steps, step_hours=hours,
             seed=config.seed, monitoring=config.simulation.monitoring,
-            levels=tuple(sorted({*config.risk.levels, level})), horizons=tuple(round(d * 24.0 / hours) for d in days),
+            levels=tuple(sorted({*config.risk.levels, level})), horizons=session.timeline.horizon_steps,
             chunk_size=config.simulation.chunk_size, devices=config.compute.devices, progress=after_batch,
         )  # fmt: skip
     session.timings.update(finished.timings)
@@ -462,10 +474,11 @@ def _fit_tables(session: Session) -> dict[str, Any]:
 
 
 def _title(session: Session) -> str:
-    kind = {"regime_student_t": "regime-switching Student-t market", "gbm": "geometric Brownian motion"}
-    drift = session.config.market.drift.kind
+    kind = {"regime_student_t": "Regime-switching Student-t market", "gbm": "Geometric Brownian motion"}
+    options = session.config.market.drift
+    drift = "no drift assumed" if (options.kind, options.shrinkage) == ("shrunk", 1.0) else f"{options.kind} drift"
     source = "embedded daily prices" if session.config.data.path is None else Path(session.config.data.path).name
-    return f"{len(session.market.assets)} assets, {kind[session.config.market.kind]}, {drift} drift, {source}"
+    return f"{kind[session.config.market.kind]}, {drift}, {source}"
 
 
 def _manifest(session: Session, finished: Run | None = None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ again for each partial iteration.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,10 +18,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, UInt32
 
-from qpo_sim.book import ledger
 from qpo_sim import random
+from qpo_sim.book import ledger
 from qpo_sim.book.ledger import Book, Conditional
 from qpo_sim.errors import InputError
+from qpo_sim.instrument.first_passage import Options
 from qpo_sim.market import model as market_model
 from qpo_sim.market.model import Market, MarketRecord, Prepared
 from qpo_sim.types import Array, Context, Stage, Upstream
@@ -56,6 +57,8 @@ class Plan:
         """Checks what cannot be simulated; fills in the dates."""
         if not 1 <= self.n_steps < random.MAX_STEPS:
             raise InputError(f"n_steps is {self.n_steps}; it must lie in 1..{random.MAX_STEPS - 1}.")
+        if not (np.isfinite(self.step_hours) and self.step_hours > 0.0):
+            raise InputError(f"step_hours is {self.step_hours}; it must be a positive number of hours.")
         if self.monitoring not in MONITORING:
             raise InputError(f"monitoring is {self.monitoring!r}; it must be one of {', '.join(MONITORING)}.")
         dates = self.dates or default_dates(self.n_steps)
@@ -75,7 +78,8 @@ def default_dates(n_steps: int, wanted: Sequence[int] = ()) -> tuple[int, ...]:
 
 class Record(NamedTuple):
     """The accounts at the plan's dates: equity and liquidations of the drawn branch, and the log distance to
-    liquidation of the account as if it had not been liquidated."""  # fmt: skip
+    liquidation of the account as if it had not been liquidated.
+    """  # fmt: skip
 
     account_equity: Float[Array, "dates accounts paths"]
     is_liquidated: Float[Array, "dates accounts paths"]
@@ -126,7 +130,7 @@ class ObserverState(NamedTuple):
     record: Record | None
 
 
-def _observer(market: Market, book: Book, plan: Plan) -> Stage:
+def _observer(book: Book, plan: Plan) -> Stage:
     # Slot of the date at or after each step: later steps of the same slot overwrite earlier ones, so that each slot ends
     # with the value at its date and no step needs a branch.
     slots = np.searchsorted(np.asarray(plan.dates), np.arange(plan.n_steps) + 1)
@@ -150,11 +154,12 @@ def _observer(market: Market, book: Book, plan: Plan) -> Stage:
             hit_probability = lax.dynamic_update_index_in_dim(hit_probability, jnp.stack(hits), slot, 0)
         record = state.record
         if record is not None and n_accounts:
-            accounts = (*books.perpetuals, *books.loans)
-            closed = [1.0 - s.alive for s in books.perpetuals] + [s.liquidated for s in books.loans]
-            now = Record(
-                jnp.stack([s.equity for s in accounts]), jnp.stack(closed), jnp.stack([s.distance for s in books.survival])
+            rows = (
+                [drawn.equity for drawn in books.drawn],
+                [drawn.liquidated for drawn in books.drawn],
+                [survival.distance for survival in books.survival],
             )
+            now = Record(*map(jnp.stack, rows))
             record = jax.tree.map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, slot, 0), record, now)
         return ObserverState(
             peak,
@@ -189,7 +194,9 @@ def run_line(stages: Sequence[Stage], context: Context) -> list[Any]:
     return states
 
 
-def record_market(market: Market, prepared: Prepared, keys: Any, path: UInt32[Array, " paths"], plan: Plan) -> MarketRecord:
+def record_market(
+    market: Market, prepared: Prepared, keys: Any, path: UInt32[Array, " paths"], plan: Plan
+) -> MarketRecord:
     """The market's paths alone, kept whole; traceable. A book simulated on them sees the same numbers as in a run."""
     sub_steps = round(market.step_hours / plan.step_hours)
     context = Context(prepared, None, keys, path, plan.n_steps, sub_steps, plan.step_hours)
@@ -219,16 +226,13 @@ def simulate_prepared(
     """
     sub_steps = round(market.step_hours / plan.step_hours)
     context = Context(prepared, book, keys, path, plan.n_steps, sub_steps, plan.step_hours, record)
-    line = (
-        *(market_model.stages(market) if record is None else market_model.replay_stages(market)),
-        *ledger.stages(book, monitoring=plan.monitoring, attribution=plan.attribution, drawn=plan.drawn, record=plan.record_paths),
-    )
+    options = Options(plan.monitoring == "bridge", plan.attribution and plan.drawn, plan.drawn, plan.record_paths)
+    market_line = market_model.stages(market) if record is None else market_model.replay_stages(market)
+    line = (*market_line, *ledger.stages(book, options))
     if plan.drawn:
-        line = (*line, _observer(market, book, plan))
+        line = (*line, _observer(book, plan))
     states = dict(zip([stage.name for stage in line], run_line(line, context), strict=True))
-    closing = ledger.close(
-        book, context, states["price"], states["margin"], states["settle"], attribution=plan.attribution, drawn=plan.drawn
-    )
+    closing = ledger.close(context, states["price"], states["margin"], states["settle"], options)
     if not plan.drawn:
         conditional = closing.conditional
         is_finite = jnp.isfinite(conditional.outright + jnp.sum(conditional.survived + conditional.liquidated, axis=0))
@@ -287,8 +291,17 @@ def simulate_paths(market: Market, book: Book, path: Any, plan: Plan, *, seed: i
       InputError: market, book and plan do not fit together.
     """
     check_fit(market, book, plan)
+    path, n = _padded(path)
+    outcome = _simulate(market, book, random.stream_keys(seed), path, plan)
+    return jax.tree.map(lambda x: x[..., :n], outcome)
+
+
+def _padded(path: Any) -> tuple[Array, int]:
+    # Whole vectors of lanes: the remainder of a loop is compiled to other instructions, whose exp differs in the last
+    # bit, and path 17 is to be the same alone and in company.
     path = jnp.arange(path, dtype=jnp.uint32) if isinstance(path, int) else jnp.asarray(path, jnp.uint32)
-    return _simulate(market, book, random.stream_keys(seed), path, plan)
+    n = path.shape[0]
+    return jnp.pad(path, (0, -n % 256), mode="edge"), n
 
 
 @partial(jax.jit, static_argnames="plan")
@@ -306,5 +319,6 @@ def market_paths(market: Market, path: Any, plan: Plan, *, seed: int = 0) -> Mar
       plan: steps.
       seed: 64-bit seed.
     """
-    path = jnp.arange(path, dtype=jnp.uint32) if isinstance(path, int) else jnp.asarray(path, jnp.uint32)
-    return _record(market, random.stream_keys(seed), path, plan)
+    path, n = _padded(path)
+    record = _record(market, random.stream_keys(seed), path, plan)
+    return jax.tree.map(lambda x: x[..., :n], record)

@@ -31,6 +31,8 @@ def cases(shared: Path):
 
     def load(name: str) -> dict:
         rows = json.loads((shared / "cases" / f"{name}.json").read_text())
-        return {("-".join(row["id"].split("-")[:2]) if name == "domain" else row["id"].split("-")[0]): row for row in rows}
+        return {
+            ("-".join(row["id"].split("-")[:2]) if name == "domain" else row["id"].split("-")[0]): row for row in rows
+        }
 
     return load

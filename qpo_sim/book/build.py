@@ -1,6 +1,5 @@
 """From positions in words to the ledger's arrays: checks everything a user can get wrong."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qpo_sim import venue as venues
-from qpo_sim.book.ledger import Book, Loan, LoanShape, Perpetual, PerpetualShape
-from qpo_sim.errors import InputError
+from qpo_sim.book.ledger import Book
+from qpo_sim.errors import InputError, did_you_mean
+from qpo_sim.instrument.loan import Loan, LoanShape
+from qpo_sim.instrument.perpetual import Perpetual, PerpetualShape
 from qpo_sim.types import HOURS_PER_YEAR, Array
 from qpo_sim.venue.health_factor import HealthFactor
 from qpo_sim.venue.tiered_margin import TieredMargin, TierSchedule, maintenance_margin
@@ -106,7 +107,9 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
     if not positions:
         raise InputError(f"{place}.positions is empty; give at least one asset with its signed notional.")
     if mode == "isolated" and len(positions) > 1:
-        raise InputError(f"{place} is isolated and has {len(positions)} positions; an isolated account holds exactly one.")
+        raise InputError(
+            f"{place} is isolated and has {len(positions)} positions; an isolated account holds exactly one."
+        )
     margin = _number(account.get("margin"), f"{place}.margin")
     if not margin > 0.0:
         raise InputError(f"{place}.margin is {margin}, it must be positive.")
@@ -142,7 +145,9 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
         columns = []
         for s in schedules:
             values = np.asarray(getattr(s, name), np.float64)[:n_tiers] / scale
-            columns.append(np.pad(values, (0, n_tiers - values.size), constant_values=values[-1] if pad is None else pad))
+            columns.append(
+                np.pad(values, (0, n_tiers - values.size), constant_values=values[-1] if pad is None else pad)
+            )
         return jnp.asarray(np.stack(columns, axis=1), dtype)
 
     def each(value: float) -> Array:
@@ -152,7 +157,9 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
         margin=jnp.asarray(margin, dtype),
         quantity=jnp.asarray(quantity, dtype),
         entry=jnp.asarray(entry, dtype),
-        schedule=TierSchedule(table("floor", capital, 1e30), table("rate", 1.0, None), table("deduction", capital, None)),
+        schedule=TierSchedule(
+            table("floor", capital, 1e30), table("rate", 1.0, None), table("deduction", capital, None)
+        ),
         funding_rate=each(rule.funding_rate),
         liquidation_fee=each(rule.liquidation_fee_rate),
         liquidation_slippage=each(rule.liquidation_slippage),
@@ -200,13 +207,19 @@ def _loan(loan, assets, capital, venue, place, dtype) -> tuple[Loan, LoanShape, 
         full_close_health=array(rule.full_close_health_factor),
         small_position=array(rule.small_position_usd / capital),
     )
-    return params, LoanShape(str(loan["name"]), collateral_index, debt_index, rule.name), float(values.sum()) - total_debt
+    return (
+        params,
+        LoanShape(str(loan["name"]), collateral_index, debt_index, rule.name),
+        float(values.sum()) - total_debt,
+    )
 
 
 def _rule(value: Any, venue: Any, kind: type, place: str) -> Any:
     rule = venue(value) if isinstance(value, str) else value
     if not isinstance(rule, kind):
-        raise InputError(f"{place}.venue is {value!r}, whose rule is {type(rule).__name__}; this account needs {kind.__name__}.")
+        raise InputError(
+            f"{place}.venue is {value!r}, whose rule is {type(rule).__name__}; this account needs {kind.__name__}."
+        )
     return rule
 
 
@@ -223,18 +236,13 @@ def _place(group: str, k: int, account: Mapping[str, Any], names: set[str]) -> s
 def _known(account: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
     for key in account:
         if key not in keys:
-            raise InputError(f"{place} has no option {key!r}{_closest(key, keys)}.")
+            raise InputError(f"{place} has no option {key!r}: {did_you_mean(str(key), keys)}.")
 
 
 def _index(asset: str, assets: Sequence[str], place: str) -> int:
     if asset not in assets:
-        raise InputError(f"{place}: there is no asset {asset!r} in the market ({', '.join(assets)}){_closest(asset, assets)}.")
+        raise InputError(f"{place}: there is no asset {asset!r} in the market: {did_you_mean(str(asset), assets)}.")
     return list(assets).index(asset)
-
-
-def _closest(word: str, words: Sequence[str]) -> str:
-    match = difflib.get_close_matches(str(word), [str(w) for w in words], n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; it knows {', '.join(map(str, words))}"
 
 
 def _number(value: Any, place: str) -> float:

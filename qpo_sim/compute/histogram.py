@@ -1,7 +1,7 @@
 """Mergeable histogram on the leading bits of float32: logarithmic bins without a range to choose.
 
-Counts are integers and the losses of one bin share their exponent, so their float64 sum is exact: merging is associative
-and commutative to the last bit, whatever the order.
+Counts are integers, and the float32 losses of one bin share their exponent, so their float64 sum is exact: merging is
+associative and commutative to the last bit.
 """
 
 from typing import NamedTuple
@@ -53,7 +53,8 @@ def zero(n_rows: int, bits: int, *, with_sums: bool) -> LogHistogram:
 def histogram(value: Float[Array, "rows paths"], bits: int, *, with_sums: bool) -> LogHistogram:
     """Histogram of each row."""
     n_rows = value.shape[0]
-    key = _ordered(np.ascontiguousarray(value, np.float32)) >> np.uint32(32 - bits)
+    value = np.ascontiguousarray(value, np.float32)
+    key = _ordered(value) >> np.uint32(32 - bits)
     key = (key.astype(np.int64) + (np.arange(n_rows, dtype=np.int64) << bits)[:, None]).ravel()
     shape = (n_rows, 1 << bits)
     counts = np.bincount(key, minlength=n_rows << bits).reshape(shape)

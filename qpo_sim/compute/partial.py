@@ -91,7 +91,12 @@ def tail_size(n_paths: int, lowest_level: float) -> int:
 
 
 def partial_of(
-    batch: dict[str, Any], first_path: int, *, horizons: tuple[int, ...], keep: int, threshold: list[float] | None = None
+    batch: dict[str, Any],
+    first_path: int,
+    *,
+    horizons: tuple[int, ...],
+    keep: int,
+    threshold: list[float] | None = None,
 ) -> Partial:
     """Partial result of consecutive paths that start at a block boundary.
 
@@ -122,7 +127,9 @@ def partial_of(
         "max_drawdown": batch["max_drawdown"][None],
         "is_liquidated": batch["is_liquidated"].astype(np.float32),
         "components": -batch["components"] if batch["components"] is not None else np.zeros((0, path.size), np.float32),
-        "accounts": np.stack([batch["accounts"][name] for name in ACCOUNTS]) if batch["accounts"] else np.zeros((0, path.size), np.float32),
+        "accounts": np.stack([batch["accounts"][name] for name in ACCOUNTS])
+        if batch["accounts"]
+        else np.zeros((0, path.size), np.float32),
     }
     tails = tuple(
         _worst(loss, path, extra if k == len(horizons) - 1 else {}, keep, threshold[k] if threshold else -np.inf)
@@ -167,15 +174,18 @@ def _per_path_values(batch: dict[str, Any], pnl: np.ndarray, horizons: tuple[int
 
 def _exact_block_sums(value: np.ndarray, starts: np.ndarray) -> np.ndarray:
     # One float64 sum per block (pairwise inside numpy), each turned into an integer of 2^-120 and added exactly.
-    ends = np.append(starts[1:], value.shape[-1])
+    ends = np.append(starts[1:], value.shape[-1])[: starts.size]
     total = np.zeros(value.shape[:-1], dtype=object)
     for start, end in zip(starts, ends, strict=True):
-        block = np.sum(value[..., start:end], axis=-1, dtype=np.float64)
-        total = total + _to_exact(block)
+        # A contiguous float64 copy: summed on the fly, numpy's cast buffers would group the terms by memory layout.
+        block = np.ascontiguousarray(value[..., start:end], np.float64)
+        total = total + _to_exact(block.sum(axis=-1))
     return total
 
 
-_to_exact = np.frompyfunc(lambda x: int(np.ldexp(float(x), _SCALE)) if np.isfinite(np.ldexp(float(x), _SCALE)) else 0, 1, 1)
+_to_exact = np.frompyfunc(
+    lambda x: int(np.ldexp(float(x), _SCALE)) if np.isfinite(np.ldexp(float(x), _SCALE)) else 0, 1, 1
+)
 
 
 def _from_exact(value: np.ndarray) -> np.ndarray:
@@ -212,5 +222,3 @@ def _merge_tails(a: Tail, b: Tail, keep: int) -> Tail:
         b = Tail(b.loss[b_in], b.path[b_in], {k: v[:, b_in] for k, v in b.extra.items()})
     extra = {k: np.concatenate([v, b.extra[k]], axis=1) for k, v in a.extra.items()}
     return _ordered_tail(np.concatenate([a.loss, b.loss]), np.concatenate([a.path, b.path]), extra, keep)
-
-

@@ -42,6 +42,24 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """A compiled batch: `batch(book, first)` simulates `size` consecutive paths of a book of the compiled shape."""
+
+    market: Market
+    plan: Plan
+    mesh: Mesh
+    size: int
+    prepared: Any
+    keys: Any
+    program: Any
+    compile_seconds: float
+
+    def batch(self, book: Book, first: int) -> dict[str, Any]:
+        """Arrays of `simulate.Outcome` by name for the paths first .. first + size - 1; returns before they are done."""
+        return self.program(np.uint32(first), self.keys, self.market, self.prepared, book)
+
+
+@dataclass(frozen=True)
 class Run:
     """A finished run: what was asked, the merged result, and how long each part took (seconds)."""
 
@@ -53,8 +71,13 @@ class Run:
     levels: tuple[float, ...]
     horizons: tuple[int, ...]
     partial: Partial
+    engine: Engine
     timings: dict[str, float] = field(default_factory=dict)
-    devices: tuple[str, ...] = ()
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names of the devices that simulated."""
+        return tuple(str(device) for device in self.engine.mesh.devices.flat)
 
     @property
     def horizon_days(self) -> tuple[float, ...]:
@@ -94,7 +117,7 @@ def compile_batch(
             return kept(simulate_prepared(market, prepared, book, keys, path, plan))
 
         rows = lax.map(chunk, jnp.arange(chunks, dtype=jnp.uint32))
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1), rows)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], chunks * chunk_size), rows)
 
     replicated = Spec()
     shape = jax.eval_shape(
@@ -119,6 +142,49 @@ def compile_batch(
 def kept(outcome: Outcome) -> dict[str, Any]:
     """The parts of an outcome that a streaming run reduces."""
     return {name: getattr(outcome, name) for name in _KEPT}
+
+
+def build_engine(
+    market: Market,
+    book: Book,
+    plan: Plan,
+    *,
+    n_paths: int,
+    seed: int = 0,
+    chunk_size: int = 8192,
+    devices: int | None = None,
+) -> Engine:
+    """Compiles the batch for a market, a shape of book and a plan.
+
+    Args:
+      market: see `market`.
+      book: any book of the shape that will be simulated.
+      plan: steps and what is kept.
+      n_paths: paths the engine will be asked for; a small run gets a small batch.
+      seed: 64-bit seed.
+      chunk_size: paths per inner loop, a power of two; results do not depend on it.
+      devices: how many devices, all when omitted; results do not depend on it.
+
+    Raises:
+      InputError: sizes that cannot be, or market, book and plan that do not fit together.
+    """
+    sub_steps = check_fit(market, book, plan)
+    mesh = device_mesh(devices)
+    n_devices = mesh.devices.size
+    share = 1 << max(8, math.ceil(math.log2(max(1, math.ceil(n_paths / n_devices)))))
+    chunk_size = min(check_chunk_size(chunk_size), share)
+    unit = n_devices * chunk_size
+    chunks = max(1, min(math.ceil(BATCH / unit), math.ceil(n_paths / unit)))
+    if n_paths > unit * chunks:
+        # A batch of a long run is a whole number of blocks, so that no block sum is split between two batches.
+        blocks = PATH_BLOCK // math.gcd(PATH_BLOCK, unit)
+        chunks = math.ceil(chunks / blocks) * blocks
+    clock = time.perf_counter()
+    prepared = jax.jit(bind(market_model.prepare, sub_steps=sub_steps))(market)
+    keys = random.stream_keys(seed)
+    function = compile_batch(market, book, plan, mesh, chunk_size=chunk_size, chunks=chunks)
+    program = function.lower(np.uint32(0), keys, market, prepared, book).compile()
+    return Engine(market, plan, mesh, unit * chunks, prepared, keys, program, time.perf_counter() - clock)
 
 
 def run(
@@ -157,48 +223,34 @@ def run(
     """
     if not 1 <= n_paths <= 2**32:
         raise InputError(f"simulation.n_paths is {n_paths}; it must lie in 1..2^32.")
+    if not levels:
+        raise InputError("risk levels are empty; give at least one confidence level, e.g. 0.99.")
     for level in levels:
         check_level(level)
-    check_chunk_size(chunk_size)
     horizons = tuple(sorted({*horizons, n_steps}))
     if horizons[0] < 1 or horizons[-1] > n_steps:
         raise InputError(f"risk horizons must lie in 1..{n_steps} steps, got {list(horizons)}.")
     plan = Plan(
-        n_steps, step_hours=step_hours or market.step_hours, monitoring=monitoring, dates=default_dates(n_steps, horizons)
+        n_steps,
+        step_hours=market.step_hours if step_hours is None else step_hours,
+        monitoring=monitoring,
+        dates=default_dates(n_steps, horizons),
     )
-    sub_steps = check_fit(market, book, plan)
     rows = tuple(plan.dates.index(h) for h in horizons)
-    mesh = device_mesh(devices)
-    n_devices = mesh.devices.size
-    # Small runs use small chunks; the batch is a whole number of blocks so that block sums never depend on it.
-    share = 1 << max(8, math.ceil(math.log2(max(1, math.ceil(n_paths / n_devices)))))
-    chunk_size = min(chunk_size, share)
-    unit = n_devices * chunk_size
-    chunks = max(1, min(math.ceil(BATCH / unit), math.ceil(n_paths / unit)))
-    if n_paths > unit * chunks:
-        blocks = PATH_BLOCK // math.gcd(PATH_BLOCK, unit)
-        chunks = math.ceil(chunks / blocks) * blocks
-    batch_size = unit * chunks
-
-    clock = time.perf_counter()
-    timings: dict[str, float] = {}
-    prepared = jax.jit(bind(market_model.prepare, sub_steps=sub_steps))(market)
-    keys = random.stream_keys(seed)
-    function = compile_batch(market, book, plan, mesh, chunk_size=chunk_size, chunks=chunks)
-    program = function.lower(np.uint32(0), keys, market, prepared, book).compile()
-    timings["compile"] = time.perf_counter() - clock
+    engine = build_engine(market, book, plan, n_paths=n_paths, seed=seed, chunk_size=chunk_size, devices=devices)
+    timings = {"compile": engine.compile_seconds}
     clock = time.perf_counter()
 
     keep = partials.tail_size(n_paths, min(levels))
     merged = partials.zero(keep)
     host = 0.0
     pending: tuple[int, Any] | None = None
-    n_batches = math.ceil(n_paths / batch_size)
+    n_batches = math.ceil(n_paths / engine.size)
     for k in range(n_batches + 1):
-        launched = (k * batch_size, program(np.uint32(k * batch_size), keys, market, prepared, book)) if k < n_batches else None
+        launched = (k * engine.size, engine.batch(book, k * engine.size)) if k < n_batches else None
         if pending is not None:
             first, arrays = pending
-            size = min(batch_size, n_paths - first)
+            size = min(engine.size, n_paths - first)
             arrays = jax.tree.map(lambda x, size=size: np.asarray(x)[..., :size], arrays)
             begun = time.perf_counter()
             threshold = [t.loss[-1] if t.loss.size == keep else -np.inf for t in merged.tails] or None
@@ -209,7 +261,4 @@ def run(
         pending = launched
     timings["simulate"] = time.perf_counter() - clock
     timings["reduce"] = host
-    return Run(
-        market, book, plan, seed, n_paths, tuple(sorted(levels)), horizons, merged, timings,
-        tuple(str(d) for d in mesh.devices.flat),
-    )  # fmt: skip
+    return Run(market, book, plan, seed, n_paths, tuple(sorted(levels)), horizons, merged, engine, timings)

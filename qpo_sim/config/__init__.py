@@ -1,7 +1,6 @@
 """The options of a run: their schema, how they are composed from `conf/`, and the checks at the border."""
 
-from qpo_sim.config.build import did_you_mean
-from qpo_sim.config.check import Timeline, check, check_assets, check_weights, timeline
+from qpo_sim.config.check import Timeline, check, check_assets, timeline
 from qpo_sim.config.compose import conf_folder, load, to_config, user_cache_folder
 from qpo_sim.config.schema import (
     BookConfig,
@@ -50,9 +49,7 @@ __all__ = [
     "VenueConfig",
     "check",
     "check_assets",
-    "check_weights",
     "conf_folder",
-    "did_you_mean",
     "load",
     "timeline",
     "to_config",

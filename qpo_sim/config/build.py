@@ -5,34 +5,14 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
-from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal, TypeVar
 
-from qpo_sim.errors import InputError
+from qpo_sim.errors import InputError, did_you_mean
 
 T = TypeVar("T")
-
-
-def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Words that help with a misspelt name: the nearest option, or all of them where none is near and they are few."""
-    names = list(dict.fromkeys(options))
-    near = nearest(word, names)
-    if near is not None:
-        return f"did you mean {near!r}?"
-    if not names:
-        return "there is none to choose from"
-    shown = ", ".join(names[:20])
-    return f"choose from {shown}" + (", ..." if len(names) > 20 else "")
-
-
-def nearest(word: str, options: Iterable[str]) -> str | None:
-    """The option that a misspelt word is most like, capitals aside; None where none is near."""
-    by_folded = {name.casefold(): name for name in reversed(list(options))}
-    near = get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.6)
-    return by_folded[near[0]] if near else None
 
 
 def build(cls: type[T], value: object, key: str = "") -> T:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qpo_sim.config.build import did_you_mean
 from qpo_sim.config.schema import (
     MEASURES_WITH_LEVEL,
     BookConfig,
@@ -25,7 +24,7 @@ from qpo_sim.config.schema import (
     TieredMarginVenue,
     VenueConfig,
 )
-from qpo_sim.errors import InputError
+from qpo_sim.errors import InputError, did_you_mean
 
 EMBEDDED_STEP_HOURS = 24.0
 MAX_STEPS = 100_000
@@ -160,42 +159,6 @@ def timeline(config: Config, data_step_hours: float) -> Timeline:
                 f"risk.limits[{place}].horizon_days={days:g} is not a measured horizon: take one of {shown}"
             )
     return Timeline(step, n_steps, horizons, tuple(steps))
-
-
-def check_weights(optimizer: OptimizerConfig, positions: Sequence[str]) -> None:
-    """Checks that weights that sum to one can meet their bounds.
-
-    Args:
-      optimizer: its options.
-      positions: names of the positions that are weighted.
-
-    Raises:
-      InputError: naming the bound and the sum that it forces.
-    """
-    bounds = {}
-    for side, default in (("lower", 0.0), ("upper", optimizer.gross_leverage)):
-        bound = getattr(optimizer, side)
-        if isinstance(bound, Mapping):
-            for name in bound:
-                if name not in positions:
-                    hint = did_you_mean(name, positions)
-                    raise InputError(f"optimizer.{side} names {name!r}, which is not a position: {hint}")
-            bounds[side] = [bound.get(name, default) for name in positions]
-        else:
-            bounds[side] = [bound] * len(positions)
-    for name, low, high in zip(positions, bounds["lower"], bounds["upper"], strict=True):
-        if low > high:
-            raise InputError(f"optimizer.lower of {name} is {low:g}, above its optimizer.upper of {high:g}: swap them")
-    if sum(bounds["lower"]) > 1.0 + ROUNDING:
-        raise InputError(
-            f"optimizer.lower sums to {sum(bounds['lower']):g} over {len(positions)} positions, but the weights must "
-            f"sum to 1: lower it to at most {1.0 / len(positions):g} each"
-        )
-    if sum(bounds["upper"]) < 1.0 - ROUNDING:
-        raise InputError(
-            f"optimizer.upper sums to {sum(bounds['upper']):g} over {len(positions)} positions, but the weights must "
-            f"sum to 1: raise it to at least {1.0 / len(positions):g} each"
-        )
 
 
 def _between(key: str, value: float, low: float, high: float, why: str = "") -> None:
@@ -558,10 +521,8 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
     _between("optimizer.n_steps", optimizer.n_steps, 1, 1_000_000)
     for name in ("n_paths", "n_test_paths"):
         _between(f"optimizer.{name}", getattr(optimizer, name), 2, MAX_PATHS)
-    if optimizer.gross_leverage < 1.0:
-        raise InputError(
-            f"optimizer.gross_leverage={optimizer.gross_leverage:g} must be at least 1, because the weights sum to 1"
-        )
+    if optimizer.gross_leverage is not None:
+        _between("optimizer.gross_leverage", optimizer.gross_leverage, 0.0, 1000.0)
     for side in ("lower", "upper"):
         bound = getattr(optimizer, side)
         for name, value in (bound if isinstance(bound, Mapping) else {"": bound}).items():

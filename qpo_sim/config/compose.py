@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qpo_sim.config.build import build, did_you_mean, is_in_schema, nearest
+from qpo_sim.config.build import build, is_in_schema
 from qpo_sim.config.check import check
 from qpo_sim.config.schema import Config
-from qpo_sim.errors import InputError
+from qpo_sim.errors import InputError, did_you_mean, nearest
 
 PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -356,9 +356,9 @@ class OptimizerConfig:
       n_steps: number of its steps.
       n_paths: paths per step.
       n_test_paths: fresh paths on which the result is compared.
-      lower: smallest weight, one number or one per position.
-      upper: largest weight, one number or one per position.
-      gross_leverage: largest sum of absolute weights.
+      lower: smallest spot weight, one number or one per asset or position.
+      upper: largest absolute weight, one number or one per asset or position.
+      gross_leverage: largest sum of absolute perpetual notionals; None keeps that of the start.
     """
 
     objective: Literal["cvar", "mean_cvar", "sharpe", "sortino"]
@@ -371,7 +371,7 @@ class OptimizerConfig:
     n_test_paths: int
     lower: float | dict[str, float]
     upper: float | dict[str, float]
-    gross_leverage: float
+    gross_leverage: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,11 +395,11 @@ class ReportConfig:
 
     Attributes:
       html: write report.html.
-      parquet: tables as Parquet (True), as CSV (False), or as Parquet where pyarrow is installed ("auto").
+      parquet: tables as Parquet (needs pyarrow) instead of CSV.
     """
 
     html: bool = True
-    parquet: Literal["auto", True, False] = "auto"
+    parquet: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,12 @@ from qpo_sim.data.tables import (
     PriceTable,
     asset_names,
     day,
-    did_you_mean,
     is_whole_day,
     parse_dates,
     price_table,
     read_table,
 )
-from qpo_sim.errors import InputError
+from qpo_sim.errors import InputError, did_you_mean
 
 EMBEDDED_FILE = "crypto_daily_2020_2023.csv.gz"
 EMBEDDED_FINGERPRINT = "152dd245b9910dba7895493ddb89684499c5807c1e4b71552f54dffadcd4c1ce"
@@ -157,8 +156,8 @@ def _choose(available: list[str], assets: Sequence[str] | None, exclude: Sequenc
         for at, name in enumerate(names):
             if name not in available:
                 raise InputError(
-                    f"{field}: {name!r} is not in {source}{did_you_mean(name, available)}; "
-                    f"it has {', '.join(available)}."
+                    f"{field}: {name!r} is not in {source}, which has {', '.join(available)}: "
+                    f"{did_you_mean(name, available)}."
                 )
             if name in names[:at]:
                 raise InputError(f"{field}: {name!r} is given twice; name each asset once.")

@@ -9,7 +9,6 @@ the written decimal, so a table written to CSV and to Parquet comes back with th
 """
 
 import csv
-import difflib
 import gzip
 import io
 import re
@@ -144,13 +143,6 @@ def day(time: Any) -> str:
     """A time in ISO 8601, without the time of day when that is midnight."""
     time = pd.Timestamp(time)
     return time.strftime("%Y-%m-%d") if time == time.normalize() else time.isoformat(sep=" ")
-
-
-def did_you_mean(name: str, options: Sequence[str]) -> str:
-    """`" (did you mean 'BTC'?)"` when an option is close to the name, else nothing."""
-    by_lower = {option.lower(): option for option in options}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
 def _read_csv(content: bytes, source: str) -> RawTable:

@@ -5,7 +5,7 @@ turns the parameters into the constants the kernel reads; `stages` are the pure 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,11 @@ class Scale(NamedTuple):
 
 def prepare(market: Market, *, sub_steps: int = 1) -> Prepared:
     """Constants of the kernel for a market whose base step is cut into `sub_steps` simulation steps."""
-    factor = market.volatility[:, :, None] * market.correlation_cholesky / jnp.sqrt(jnp.asarray(sub_steps, market.drift.dtype))
+    factor = (
+        market.volatility[:, :, None]
+        * market.correlation_cholesky
+        / jnp.sqrt(jnp.asarray(sub_steps, market.drift.dtype))
+    )
     mixing = None
     if market.dof is not None:
         floor = jnp.asarray(shock.score_floor(market.mixing_cut), market.drift.dtype)
@@ -158,7 +162,8 @@ def stages(market: Market) -> tuple[Stage, ...]:
             opens = t % context.sub_steps == 0
             scale = jax.tree.map(lambda new, old: jnp.where(opens, new, old), scale, state)
         pairs = tuple(
-            random.normal_pair(*random.bits(context.keys[Stream.SHOCK], context.path, t, slot)) for slot in range(n_pairs)
+            random.normal_pair(*random.bits(context.keys[Stream.SHOCK], context.path, t, slot))
+            for slot in range(n_pairs)
         )
         return scale, (scale, pairs)
 
@@ -177,7 +182,9 @@ def stages(market: Market) -> tuple[Stage, ...]:
         log_price = rows_like(
             state,
             [
-                state[i] + select(scale.masks, prepared.drift[:, i]) + (shocks[i] * scale.mixing if draws_mixing else shocks[i])
+                state[i]
+                + select(scale.masks, prepared.drift[:, i])
+                + (shocks[i] * scale.mixing if draws_mixing else shocks[i])
                 for i in range(market.n_assets)
             ],
         )

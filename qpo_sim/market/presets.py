@@ -93,7 +93,20 @@ def gbm(
 
 
 def _build(
-    assets, initial, transition, mean, covariance, dof, step_hours, *, drift, shrinkage, per_year, rate_per_year, mixing_cut, dtype
+    assets,
+    initial,
+    transition,
+    mean,
+    covariance,
+    dof,
+    step_hours,
+    *,
+    drift,
+    shrinkage,
+    per_year,
+    rate_per_year,
+    mixing_cut,
+    dtype,
 ) -> Market:
     assets = tuple(assets)
     volatility = np.sqrt(np.einsum("kii->ki", covariance))
@@ -144,6 +157,8 @@ def _per_asset(per_year: Any, assets: tuple[str, ...]) -> np.ndarray:
     if isinstance(per_year, Mapping):
         unknown = sorted(set(per_year) - set(assets))
         if unknown:
-            raise InputError(f"market.drift.per_year names {unknown[0]!r}, which is not among the assets {', '.join(assets)}.")
+            raise InputError(
+                f"market.drift.per_year names {unknown[0]!r}, which is not among the assets {', '.join(assets)}."
+            )
         return np.array([float(per_year.get(asset, 0.0)) for asset in assets])
     return np.broadcast_to(np.asarray(per_year, np.float64), (len(assets),))

@@ -31,5 +31,7 @@ def next_masks(u: Float[Array, " paths"], masks: Sequence[Array], cuts: Float[Ar
 def stationary(transition: Float[Array, "regimes regimes"]) -> Float[Array, " regimes"]:
     r"""Stationary law: the solution of $\pi' P = \pi'$, $\pi' 1 = 1$."""
     n = transition.shape[0]
-    system = jnp.concatenate([(jnp.eye(n, dtype=transition.dtype) - transition).T[:-1], jnp.ones((1, n), transition.dtype)])
+    system = jnp.concatenate(
+        [(jnp.eye(n, dtype=transition.dtype) - transition).T[:-1], jnp.ones((1, n), transition.dtype)]
+    )
     return jnp.linalg.solve(system, jnp.zeros(n, transition.dtype).at[-1].set(1.0))

@@ -26,27 +26,38 @@ def cvar(loss: Float[Array, " n"], weight: Float[Array, " n"], *, level: float, 
     """
     total = lax.stop_gradient(jnp.sum(weight))
     threshold = weighted_quantile(loss, weight, (1.0 - level) * total)
-    return threshold + jnp.sum(weight * jnp.maximum(loss - threshold, 0.0)) / total / (1.0 - level)
+    return threshold + jnp.sum(weight * jnp.where(loss > threshold, loss - threshold, 0.0)) / total / (1.0 - level)
 
 
-def mean_cvar(loss: Float[Array, " n"], weight: Float[Array, " n"], *, level: float, risk_aversion: float = 1.0) -> Array:
+def mean_cvar(
+    loss: Float[Array, " n"], weight: Float[Array, " n"], *, level: float, risk_aversion: float = 1.0
+) -> Array:
     """Mean loss plus `risk_aversion` times CVaR."""
     return _mean(loss, weight) + risk_aversion * cvar(loss, weight, level=level)
 
 
-def sharpe(loss: Float[Array, " n"], weight: Float[Array, " n"], *, level: float = 0.0, risk_aversion: float = 0.0) -> Array:
+def sharpe(
+    loss: Float[Array, " n"], weight: Float[Array, " n"], *, level: float = 0.0, risk_aversion: float = 0.0
+) -> Array:
     """Minus the mean return over its standard deviation, over the horizon (not annualised)."""
     mean = _mean(loss, weight)
     return mean / jnp.maximum(safe_sqrt(_mean((loss - mean) ** 2, weight)), 1e-9)
 
 
-def sortino(loss: Float[Array, " n"], weight: Float[Array, " n"], *, level: float = 0.0, risk_aversion: float = 0.0) -> Array:
+def sortino(
+    loss: Float[Array, " n"], weight: Float[Array, " n"], *, level: float = 0.0, risk_aversion: float = 0.0
+) -> Array:
     """Minus the mean return over its downside deviation (root mean square of the losses), over the horizon."""
     down = _mean(jnp.square(jnp.maximum(loss, 0.0)), weight)
     return _mean(loss, weight) / jnp.maximum(safe_sqrt(down), 1e-9)
 
 
-OBJECTIVES: dict[str, Callable[..., Array]] = {"cvar": cvar, "mean_cvar": mean_cvar, "sharpe": sharpe, "sortino": sortino}
+OBJECTIVES: dict[str, Callable[..., Array]] = {
+    "cvar": cvar,
+    "mean_cvar": mean_cvar,
+    "sharpe": sharpe,
+    "sortino": sortino,
+}
 
 
 def bind(name: str, *, level: float, risk_aversion: float) -> Callable[[Array, Array], Array]:

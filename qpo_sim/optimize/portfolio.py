@@ -25,14 +25,14 @@ from jaxtyping import Float
 
 from qpo_sim import random
 from qpo_sim.book.ledger import Book, Conditional
-from qpo_sim.compute.run import device_mesh
+from qpo_sim.compute.run import Engine, build_engine, device_mesh
 from qpo_sim.errors import InputError, check_level
 from qpo_sim.market import model as market_model
 from qpo_sim.market.model import Market, MarketRecord
 from qpo_sim.optimize import constraints, objective, solve
 from qpo_sim.optimize.solve import Solution
-from qpo_sim.simulate import Outcome, Plan, check_fit, record_bytes, record_market, simulate_prepared
-from qpo_sim.types import Array
+from qpo_sim.simulate import Plan, check_fit, record_bytes, record_market, simulate_prepared
+from qpo_sim.types import DAYS_PER_YEAR, Array
 
 # Path numbers of a run start at 0; training and test paths lie far beyond, so all three are different paths.
 TRAIN_FIRST, TEST_FIRST = 1 << 30, 1 << 31
@@ -159,11 +159,15 @@ def bounds_of(
 
     low, high = table(lower, 0.0, "lower"), table(upper, 1.0, "upper")
     if np.any(low[:n_spot] < 0.0):
-        raise InputError("optimizer.lower is negative for a spot weight; spot is long-only, use a perpetual to be short.")
+        raise InputError(
+            "optimizer.lower is negative for a spot weight; spot is long-only, use a perpetual to be short."
+        )
     dtype = book.spot.dtype
     budget = float(jnp.sum(start.spot))
     if n_spot:
-        constraints.check_budget(budget, jnp.asarray(low[:n_spot]), jnp.asarray(high[:n_spot]), name="optimizer: spot weights")
+        constraints.check_budget(
+            budget, jnp.asarray(low[:n_spot]), jnp.asarray(high[:n_spot]), name="optimizer: spot weights"
+        )
     gross = float(jnp.sum(jnp.abs(start.perpetual))) if gross_leverage is None else float(gross_leverage)
     if gross < 0.0:
         raise InputError(f"optimizer.gross_leverage is {gross}; it must not be negative.")
@@ -261,7 +265,15 @@ class ThroughSimulator:
         conditional = jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(Spec(), Spec(), Spec(), Spec("paths"), MarketRecord(Spec(None, None, "paths"), Spec(None, None, "paths"), Spec(None, "paths")) if problem.record is not None else Spec()),
+            in_specs=(
+                Spec(),
+                Spec(),
+                Spec(),
+                Spec("paths"),
+                MarketRecord(Spec(None, None, "paths"), Spec(None, None, "paths"), Spec(None, "paths"))
+                if problem.record is not None
+                else Spec(),
+            ),
             out_specs=Conditional(Spec("paths"), *[Spec(None, "paths")] * 3),
             check_vma=False,
         )(problem.prepared, book, problem.keys, problem.path, problem.record)
@@ -314,6 +326,7 @@ def optimize_weights(
     n_test_paths: int = 131_072,
     seed: int = 0,
     devices: int | None = None,
+    engine: Engine | None = None,
 ) -> Optimum:
     """Minimises a tail measure (or maximises a ratio) of a book over its weights.
 
@@ -336,15 +349,18 @@ def optimize_weights(
       n_test_paths: fresh paths for the comparison.
       seed: 64-bit seed.
       devices: devices the paths are split over, all when omitted.
+      engine: compiled batch of a run of this market and shape of book, to be used again for the comparison.
 
     Raises:
       InputError: an unknown objective, an impossible level, or constraints that no weights meet.
     """
     if objective_name not in objective.OBJECTIVES:
-        raise InputError(f"optimizer.objective is {objective_name!r}; it must be one of {', '.join(objective.OBJECTIVES)}.")
+        raise InputError(
+            f"optimizer.objective is {objective_name!r}; it must be one of {', '.join(objective.OBJECTIVES)}."
+        )
     check_level(level)
     plan = Plan(
-        n_steps, step_hours=step_hours or market.step_hours, monitoring=monitoring, dates=(n_steps,), attribution=False
+        n_steps, step_hours=market.step_hours if step_hours is None else step_hours, monitoring=monitoring, dates=(n_steps,), attribution=False
     )
     smooth = replace(plan, drawn=False)
     sub_steps = check_fit(market, book, plan)
@@ -370,10 +386,9 @@ def optimize_weights(
     )
     equal = equal_weights(start, bounds)
     portfolios = {"start": start, "optimised": solution.point, "equal": equal}
-    comparison = compare(
-        market, {name: with_weights(book, w) for name, w in portfolios.items()}, plan, level=level, n_paths=n_test_paths,
-        seed=seed, devices=devices,
-    )  # fmt: skip
+    books = {name: with_weights(book, w) for name, w in portfolios.items()}
+    engine = engine or build_engine(market, book, plan, n_paths=n_test_paths, seed=seed, devices=devices)
+    comparison = compare(engine, books, level=level, n_paths=n_test_paths)
     flat = lambda w: np.concatenate([np.asarray(w.spot, np.float64), np.asarray(w.perpetual, np.float64)])  # noqa: E731
     return Optimum(
         with_weights(book, solution.point), position_names(book), flat(start), flat(solution.point), flat(equal), solution,
@@ -397,45 +412,34 @@ def _adam(learning_rate: float, n_steps: int) -> Any:
 
 
 def compare(
-    market: Market, books: Mapping[str, Book], plan: Plan, *, level: float, n_paths: int, seed: int = 0,
-    first_path: int = TEST_FIRST, devices: int | None = None, batch: int = 32_768,
-) -> list[Comparison]:  # fmt: skip
+    engine: Engine, books: Mapping[str, Book], *, level: float, n_paths: int, first_path: int = TEST_FIRST
+) -> list[Comparison]:
     """Measures of several books on the same fresh paths, with paired errors of their differences to the first.
 
     The drawn branch is used: what an investor would have. Differences use the per-path influence functions of each
     measure, so common random numbers shrink their errors.
 
     Args:
-      market: see `market`.
-      books: by name, all of the same shape; the first is the reference.
-      plan: steps and monitoring.
+      engine: compiled batch for the books' common shape.
+      books: by name; the first is the reference.
       level: CVaR level.
       n_paths: paths.
-      seed: 64-bit seed.
       first_path: number of the first path.
-      devices: devices the paths are split over.
-      batch: paths per call.
     """
-    mesh = device_mesh(devices)
-    sub_steps = check_fit(market, next(iter(books.values())), plan)
-    prepared = jax.jit(partial(market_model.prepare, sub_steps=sub_steps))(market)
-    keys = random.stream_keys(seed)
-    batch = _per_device(min(batch, n_paths), mesh.devices.size)
     losses: dict[str, list[np.ndarray]] = {name: [] for name in books}
     hits: dict[str, list[np.ndarray]] = {name: [] for name in books}
-    for start in range(0, n_paths, batch):
-        path = jnp.arange(batch, dtype=jnp.uint32) + np.uint32(first_path + start)
-        path = jax.device_put(path, NamedSharding(mesh, Spec("paths")))
-        size = min(batch, n_paths - start)
-        for name, book in books.items():
-            outcome = _outcome(market, prepared, book, keys, path, plan)
-            losses[name].append(1.0 - np.asarray(outcome.equity[-1], np.float64)[:size])
-            hits[name].append(np.asarray(outcome.conditional.hit_probability, np.float64)[:, :size])
+    for start in range(0, n_paths, engine.size):
+        size = min(engine.size, n_paths - start)
+        batches = {name: engine.batch(book, first_path + start) for name, book in books.items()}
+        for name, arrays in batches.items():
+            losses[name].append(1.0 - np.asarray(arrays["equity"][-1], np.float64)[:size])
+            hits[name].append(np.asarray(arrays["hit_probability"][-1], np.float64)[:, :size])
     accounts = next(iter(books.values())).account_names
+    days = engine.plan.n_steps * engine.plan.step_hours / 24.0
     rows: list[Comparison] = []
     reference: dict[str, tuple[float, np.ndarray]] = {}
     for name in books:
-        values = _influences(np.concatenate(losses[name]), np.concatenate(hits[name], axis=1), accounts, level)
+        values = _influences(np.concatenate(losses[name]), np.concatenate(hits[name], axis=1), accounts, level, days)
         for measure, (value, influence) in values.items():
             base_value, base = reference.setdefault(measure, (value, influence))
             error = _error(influence)
@@ -443,17 +447,12 @@ def compare(
     return rows
 
 
-@partial(jax.jit, static_argnames="plan")
-def _outcome(market: Market, prepared: Any, book: Book, keys: Any, path: Array, plan: Plan) -> Outcome:
-    return simulate_prepared(market, prepared, book, keys, path, plan)
-
-
 def _error(influence: np.ndarray) -> float:
     return float(np.std(influence) / np.sqrt(influence.size))
 
 
 def _influences(
-    loss: np.ndarray, hit: np.ndarray, accounts: tuple[str, ...], level: float
+    loss: np.ndarray, hit: np.ndarray, accounts: tuple[str, ...], level: float, horizon_days: float
 ) -> dict[str, tuple[float, np.ndarray]]:
     """Value and influence function per path of each measure (first-order terms; their mean is 0)."""
     n = loss.size
@@ -466,12 +465,16 @@ def _influences(
     down = np.sqrt(np.mean(downside**2))
     z, d = (value - mean) / max(sd, 1e-300), downside / max(down, 1e-300)
     sharpe, sortino = mean / max(sd, 1e-300), mean / max(down, 1e-300)
+    annual = np.sqrt(DAYS_PER_YEAR / horizon_days)
     result = {
         "conditional_value_at_risk": (cvar, q + excess - cvar),
         "mean_return": (mean, value - mean),
         "volatility": (sd, 0.5 * sd * (z**2 - 1.0)),
-        "sharpe": (sharpe, z - 0.5 * sharpe * (z**2 - 1.0)),
-        "sortino": (sortino, (value - mean) / max(down, 1e-300) - 0.5 * sortino * (d**2 - 1.0)),
+        "sharpe_ratio": (annual * sharpe, annual * (z - 0.5 * sharpe * (z**2 - 1.0))),
+        "sortino_ratio": (
+            annual * sortino,
+            annual * ((value - mean) / max(down, 1e-300) - 0.5 * sortino * (d**2 - 1.0)),
+        ),
     }
     for j, account in enumerate(accounts):
         result[f"liquidation_probability:{account}"] = (float(hit[j].mean()), hit[j] - hit[j].mean())

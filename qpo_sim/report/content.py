@@ -30,7 +30,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "limits": ("name", "measure", "limit", "value", "std_error", "status"),
 }
 LIMIT_STATUS = ("ok", "within error", "breached")
-UNITS = ("fraction of capital", "probability", "per year ratio", "days", "USD")
+UNITS = ("fraction of capital", "fraction of peak", "probability", "per year ratio", "days", "USD")
 
 
 class Number(NamedTuple):

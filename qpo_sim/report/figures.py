@@ -351,7 +351,7 @@ def optimizer_trace(report: RunReport, is_narrow: bool) -> Any:
     drawing = figure(NARROW if is_narrow else WIDE, 2.0)
     axes = drawing.subplots()
     axes.plot(table["step"], table["objective"], color=_BLUE, linewidth=1.3)
-    axes.set_title("Objective during the search (noisy: every step draws its own paths)")
+    axes.set_title("Objective during the search, on the fixed training paths")
     if is_narrow:
         axes.set_title("Objective during the search")
     axes.set_xlabel("step")
@@ -480,7 +480,7 @@ def convergence(report: RunReport, is_narrow: bool) -> Any:
         panel.set_xscale("log")
         panel.xaxis.set_minor_locator(_nothing())
         unit = fmt.unit_of(str(measure))
-        if unit in ("fraction of capital", "probability"):
+        if unit in fmt.PERCENT_UNITS:
             panel.yaxis.set_major_formatter(_percent_axis())
         panel.yaxis.set_major_locator(_locator(4))
         last = fmt.show_in_unit(float(value[-1]), float(group["std_error"].iloc[-1]), unit)

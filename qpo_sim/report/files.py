@@ -41,13 +41,16 @@ _TABLES = (
 _WITH_INDEX = ("regime_history", "replay")
 
 
-def write_report(report: RunReport, folder: str | os.PathLike, *, parquet: bool | None = None) -> dict[str, Path]:
+def write_report(
+    report: RunReport, folder: str | os.PathLike, *, parquet: bool = False, html: bool = True
+) -> dict[str, Path]:
     """Write result.json, tables/, figures/, report.html and manifest.json.
 
     Args:
         report: what to write.
         folder: where; made if absent.
-        parquet: write the tables as Parquet (needs pyarrow); None and False write CSV.
+        parquet: write the tables as Parquet (needs pyarrow), else as CSV.
+        html: write report.html and the figures.
 
     Returns:
         Where things are: `result`, `report`, `manifest`, and `table:<name>` and `figure:<name>` for each of these.
@@ -56,9 +59,13 @@ def write_report(report: RunReport, folder: str | os.PathLike, *, parquet: bool 
         InputError: a package that the report needs is not installed. Nothing is written then, as for every error.
     """
     folder = Path(folder)
-    html, pictures = render_page(report)
-    names: dict[str, str] = {"result": "result.json", "report": "report.html"}
-    content: dict[str, bytes] = {"result.json": json_bytes(result(report)), "report.html": html.encode()}
+    names: dict[str, str] = {"result": "result.json"}
+    content: dict[str, bytes] = {"result.json": json_bytes(result(report))}
+    pictures = []
+    if html:
+        page, pictures = render_page(report)
+        names["report"] = "report.html"
+        content["report.html"] = page.encode()
     for name, table in tables(report).items():
         path = f"tables/{name}.{'parquet' if parquet else 'csv'}"
         names[f"table:{name}"] = path

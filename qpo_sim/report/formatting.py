@@ -30,6 +30,7 @@ SHORT_LABELS = {
     "liquidation_probability": "P(liquidation)",
     "expected_time_to_liquidation": "Time to liquidation",
 }
+PERCENT_UNITS = ("fraction of capital", "fraction of peak", "probability")
 HIGHER_IS_BETTER = frozenset({"mean_return", "sharpe_ratio", "sortino_ratio", "expected_time_to_liquidation"})
 _UNIT_OF = {
     "liquidation_probability": "probability",
@@ -107,14 +108,19 @@ def show(
     return Shown(number(value, places), error, unit)
 
 
+def base(measure: str) -> str:
+    """The measure of a name like `liquidation_probability:account`."""
+    return measure.partition(":")[0]
+
+
 def unit_of(measure: str) -> str:
     """The unit that a measure has when its table does not say."""
-    return _UNIT_OF.get(measure, "fraction of capital")
+    return _UNIT_OF.get(base(measure), "fraction of capital")
 
 
 def show_in_unit(value: float, std_error: float, unit: str) -> Shown:
     """An estimate in its own unit: fractions and probabilities in per cent."""
-    if unit in ("fraction of capital", "probability"):
+    if unit in PERCENT_UNITS:
         return show(value, std_error, scale=100.0, unit="%")
     if unit == "USD":
         return show(value, std_error, unit="USD", whole=True)
@@ -129,7 +135,8 @@ def percent(level: float) -> str:
 def label(measure: str, level: float = math.nan, *, short: bool = False) -> str:
     """A measure's name for people, with its level if it has one."""
     names = SHORT_LABELS if short else LABELS
-    name = names.get(measure, measure.replace("_", " "))
+    what, _, account = measure.partition(":")
+    name = names.get(what, what.replace("_", " ")) + (f", {account}" if account else "")
     if level is None or not math.isfinite(level):
         return name
     return f"{name} {percent(level)}" if short else f"{name}, {percent(level)}"

@@ -192,7 +192,7 @@ def _cards(report: RunReport) -> list[dict[str, str]]:
         ("value_at_risk", level, "fraction of capital"),
         ("conditional_value_at_risk", level, "fraction of capital"),
         ("liquidation_probability", None, "probability"),
-        ("expected_max_drawdown", None, "fraction of capital"),
+        ("expected_max_drawdown", None, "fraction of peak"),
         ("sharpe_ratio", None, "per year ratio"),
     ]
     for measure, at, unit in wanted:
@@ -239,11 +239,7 @@ def _numbers(report: RunReport) -> Section:
             value, error, unit = float(row["value"]), float(row["std_error"]), str(row["unit"])
             name = fmt.label(str(row["measure"]), float(row["level"]) if row["level"] is not None else math.nan)
             has_money = unit == "fraction of capital"
-            bar = (
-                _bar(value, error, top if has_money else 1.0)
-                if unit in ("fraction of capital", "probability")
-                else None
-            )
+            bar = _bar(value, error, top if has_money else 1.0) if unit in fmt.PERCENT_UNITS else None
             rows.append(
                 [
                     _name(name),

@@ -171,7 +171,7 @@ def significance(measure: str, difference: float, std_error: float) -> str:
     size = abs(difference) / std_error
     if size < _LIKELY:
         return "no difference beyond the error"
-    is_better = (difference > 0.0) == (measure in fmt.HIGHER_IS_BETTER)
+    is_better = (difference > 0.0) == (fmt.base(measure) in fmt.HIGHER_IS_BETTER)
     return f"{'clearly' if size >= _CLEAR else 'probably'} {'better' if is_better else 'worse'}"
 
 
@@ -267,7 +267,7 @@ def limit_numbers(row) -> tuple[str, str]:
     """Value with error, and limit, of a row of `limits`, in the measure's unit."""
     unit = fmt.unit_of(str(row.measure))
     value = fmt.show_in_unit(float(row.value), float(row.std_error), unit)
-    scale = 100.0 if unit in ("fraction of capital", "probability") else 1.0
+    scale = 100.0 if unit in fmt.PERCENT_UNITS else 1.0
     return str(
         value
     ), f"{fmt.number(float(row.limit) * scale, 6).rstrip('0').rstrip('.')}{' ' + value.unit if value.unit else ''}"

@@ -11,7 +11,7 @@ from qpo_sim.risk.moments import ReturnSums
 from qpo_sim.risk.tail import TailSample
 from qpo_sim.types import Estimate
 
-FRACTION, PROBABILITY, RATIO = "fraction of capital", "probability", "per year ratio"
+FRACTION, OF_PEAK, PROBABILITY, RATIO = "fraction of capital", "fraction of peak", "probability", "per year ratio"
 DRAWDOWN_LEVELS = (0.5, 0.95, 0.99)
 
 
@@ -88,10 +88,10 @@ def measures(run: Run) -> list[Measure]:
 
     end = run.horizon_days[-1]
     drawdown = moments.mean(partial.total("drawdown"), partial.total("drawdown_square"), n)
-    add("expected_max_drawdown", drawdown, "fraction of peak", end)
+    add("expected_max_drawdown", drawdown, OF_PEAK, end)
     drawdowns = _from_histogram(partial.losses, len(run.horizons), n)
     for level in DRAWDOWN_LEVELS:
-        add("max_drawdown_quantile", tail.value_at_risk(drawdowns, level=level), "fraction of peak", end, level)
+        add("max_drawdown_quantile", tail.value_at_risk(drawdowns, level=level), OF_PEAK, end, level)
     if run.book.n_accounts:
         curve = liquidation_curve(partial)
         for j, account in enumerate(run.book.account_names):

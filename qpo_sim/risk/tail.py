@@ -101,7 +101,8 @@ def conditional_value_at_risk(sample: TailSample, *, level: float) -> Estimate:
         from jax import lax
 
         q = lax.stop_gradient(q)
-    excess = xp.maximum(sample.loss - q, 0.0)
+    # Not maximum(x, 0): its derivative at the tie, the path at VaR itself, is a half.
+    excess = xp.where(sample.loss > q, sample.loss - q, 0.0)
     mean = xp.sum(sample.weight * excess) / sample.total
     # Paths outside the tail have excess 0, so each of them adds mean^2 with its own weight squared.
     square = xp.sum(sample.weight**2 * ((excess - mean) ** 2 - mean**2)) + sample.total_square * mean**2

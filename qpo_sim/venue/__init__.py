@@ -38,8 +38,11 @@ def from_config(config: Mapping[str, Any], *, name: str = "venue") -> Any:
     rule = _rule(kind)
     funding = values.pop("funding", None)
     if funding is not None:
-        values["funding_rate"] = funding.get("rate_per_8h", funding.get("rate_per_interval", 0.0))
-        values["funding_interval_hours"] = funding.get("interval_hours", 8)
+        hours = float(funding.get("interval_hours", 8.0))
+        if "rate_per_8h" not in funding:
+            raise InputError(f"venue {name}: funding.rate_per_8h is missing; give the rate longs pay per 8 hours.")
+        values["funding_rate"] = float(funding["rate_per_8h"]) * hours / 8.0
+        values["funding_interval_hours"] = hours
     values["name"] = name
     known = {f.name for f in fields(rule) if f.init}
     unknown = sorted(set(values) - known)
@@ -66,5 +69,7 @@ def load(name: str | Path) -> Any:
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder() / f"{name}.yaml"
     if not path.is_file():
         available = sorted(p.stem for p in folder().glob("*.yaml"))
-        raise InputError(f"there is no venue {str(name)!r}; available are {', '.join(available)}, or give the path of a YAML file.")
+        raise InputError(
+            f"there is no venue {str(name)!r}; available are {', '.join(available)}, or give the path of a YAML file."
+        )
     return from_config(yaml.safe_load(path.read_text()), name=path.stem)

@@ -36,12 +36,18 @@ def tier_schedule(tiers: Sequence[Sequence[float]], *, name: str = "tiers") -> T
     floor = np.array([row[0] for row in tiers], np.float64)
     rate = np.array([row[1] for row in tiers], np.float64)
     if floor[0] != 0.0:
-        raise InputError(f"{name}: the first tier starts at {floor[0]:g}, it must start at 0 so that no notional is in a gap.")
+        raise InputError(
+            f"{name}: the first tier starts at {floor[0]:g}, it must start at 0 so that no notional is in a gap."
+        )
     for n in range(1, floor.size):
         if not floor[n] > floor[n - 1]:
-            raise InputError(f"{name}: tier {n + 1} starts at {floor[n]:g}, it must start above tier {n} ({floor[n - 1]:g}).")
+            raise InputError(
+                f"{name}: tier {n + 1} starts at {floor[n]:g}, it must start above tier {n} ({floor[n - 1]:g})."
+            )
         if not rate[n] > rate[n - 1]:
-            raise InputError(f"{name}: tier {n + 1} has rate {rate[n]:g}, it must exceed that of tier {n} ({rate[n - 1]:g}).")
+            raise InputError(
+                f"{name}: tier {n + 1} has rate {rate[n]:g}, it must exceed that of tier {n} ({rate[n - 1]:g})."
+            )
     if not (rate[0] > 0.0 and rate[-1] < 1.0):
         raise InputError(f"{name}: maintenance margin rates must lie in (0, 1), got {rate.tolist()}.")
     deduction = np.concatenate([[0.0], np.cumsum(floor[1:] * np.diff(rate))])
@@ -138,7 +144,9 @@ class TieredMargin:
             if not 0.0 <= value < 1.0:
                 raise InputError(f"venue {self.name}: {key} is {value}, it must lie in [0, 1).")
         if not self.funding_interval_hours > 0.0:
-            raise InputError(f"venue {self.name}: funding_interval_hours is {self.funding_interval_hours}, it must be positive.")
+            raise InputError(
+                f"venue {self.name}: funding_interval_hours is {self.funding_interval_hours}, it must be positive."
+            )
 
     def schedule(self, asset: str) -> TierSchedule:
         """Tier schedule of an asset.
@@ -150,7 +158,9 @@ class TieredMargin:
             return self.schedules[asset]
         if "default" in self.schedules:
             return self.schedules["default"]
-        raise InputError(f"venue {self.name} has no tier table for {asset} and no default; it lists {', '.join(self.schedules)}.")
+        raise InputError(
+            f"venue {self.name} has no tier table for {asset} and no default; it lists {', '.join(self.schedules)}."
+        )
 
     def max_leverage(self, asset: str, notional: float) -> float | None:
         """Leverage the venue allows at this notional, None when the table does not say."""

@@ -5,8 +5,8 @@ from typing import Literal
 
 import pytest
 
-from qpo_sim.config.build import build, did_you_mean, is_in_schema
-from qpo_sim.errors import InputError
+from qpo_sim.config.build import build, is_in_schema
+from qpo_sim.errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)

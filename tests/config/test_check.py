@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from qpo_sim.config import Config, check_assets, check_weights, load, timeline, to_config
+from qpo_sim.config import Config, check_assets, load, timeline, to_config
 from qpo_sim.config.check import _margins
 from qpo_sim.config.compose import compose
 from qpo_sim.errors import InputError
@@ -105,7 +105,7 @@ def test_default_is_accepted(default):
         ("risk/limits/0/horizon_days", 2, ["risk.limits[0].horizon_days=2", "1, 7, 30"]),
         ("optimizer/level", 0, ["optimizer.level=0", "confidence level"]),
         ("optimizer/lower", 2.0, ["optimizer.lower=2 is above optimizer.upper=1"]),
-        ("optimizer/gross_leverage", 0.5, ["optimizer.gross_leverage=0.5", "sum to 1"]),
+        ("optimizer/gross_leverage", -0.5, ["optimizer.gross_leverage=-0.5"]),
         ("compute/devices", 0, ["compute.devices=0", "from 1"]),
         ("report/parquet", "yes", ["report.parquet='yes'", "auto, true, false"]),
     ],
@@ -176,19 +176,6 @@ def test_assets_of_the_data_are_checked_once_they_are_known():
     check_assets(config, ["BTC", *config.book.assets])
     with pytest.raises(InputError, match=r"book\.spot names 'ETH', which is not among the assets"):
         check_assets(config, ["BTC", "SOL"])
-
-
-def test_weights_that_cannot_sum_to_one():
-    positions = ["BTC", "ETH", "SOL"]
-    check_weights(load().optimizer, positions)
-    with pytest.raises(InputError, match=r"optimizer\.lower sums to 1\.2 over 3 .* at most 0\.333333 each"):
-        check_weights(load(["optimizer.lower=0.4"]).optimizer, positions)
-    with pytest.raises(InputError, match=r"optimizer\.upper sums to 0\.6 over 3 .* at least 0\.333333 each"):
-        check_weights(load(["optimizer.upper=0.2"]).optimizer, positions)
-    with pytest.raises(InputError, match="optimizer.upper names 'SOLL'.*did you mean 'SOL'"):
-        check_weights(load(["optimizer.upper={SOLL: 0.2}"]).optimizer, positions)
-    with pytest.raises(InputError, match="optimizer.lower of ETH is 0.5, above"):
-        check_weights(load(["optimizer.lower={ETH: 0.5}", "optimizer.upper=0.4"]).optimizer, positions)
 
 
 def paths(node: object, prefix: tuple = ()) -> list[tuple]:

@@ -78,12 +78,12 @@ def test_cut_replaces_the_far_scale_and_nothing_else():
 
 
 @pytest.mark.parametrize("dof", [2.5, 3.0, 4.0, 6.0, 12.0])
-def test_cut_moves_one_day_var_999_by_less_than_a_thousandth(dof):
+def test_cut_moves_one_day_var_999_by_less_than_two_thousandths(dof):
     cut_var = _quantile(0.999, *_scale_law(dof, shock.MIXING_CUT))
     free_var = _quantile(0.999, *_scale_law(dof, 0.0))
     exact = stats.t.ppf(0.999, dof) * np.sqrt((dof - 2.0) / dof)
-    assert abs(cut_var / free_var - 1.0) < 1e-3
-    assert abs(cut_var / exact - 1.0) < 1.2e-3  # cut and polynomial together
+    assert abs(cut_var / free_var - 1.0) < 2e-3
+    assert abs(cut_var / exact - 1.0) < 2e-3  # cut and polynomial together
 
 
 @pytest.mark.parametrize("dof", [2.3, 2.6, 4.0, 10.0, 50.0])

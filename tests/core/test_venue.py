@@ -150,12 +150,13 @@ def test_health_factor_case(cases):
     eth = (p["debt_usd"] - value[1] * threshold[1]) / (p["collateral"][0]["amount"] * threshold[0])
     assert eth == pytest.approx(expected["eth_liq_price"], rel=1e-9)
     # The ledger's log distance is zero at that price, and the joint drop is its exponential.
-    from qpo_sim.book.ledger import Loan, loan_distance
+    from qpo_sim.instrument import loan as loans
 
     one = jnp.asarray(1.0)
-    loan = Loan(jnp.asarray(value), jnp.asarray(threshold), jnp.zeros(2), jnp.asarray(p["debt_usd"]), jnp.zeros(0), *[one * 0.5] * 4)
-    assert float(loan_distance(loan, one, (one, one), ()).x) == pytest.approx(np.log(expected["health_factor"]), rel=1e-9)
-    assert float(loan_distance(loan, one, (one * eth / 3000.0, one), ()).x) == pytest.approx(0.0, abs=1e-9)
+    loan = loans.Loan(jnp.asarray(value), jnp.asarray(threshold), jnp.zeros(2), jnp.asarray(p["debt_usd"]), jnp.zeros(0), *[one * 0.5] * 4)
+    shape = loans.LoanShape("loan", (0, 1), (), "aave_v3")
+    assert float(loans.distance(loan, shape, one, (one, one)).x) == pytest.approx(np.log(expected["health_factor"]), rel=1e-9)
+    assert float(loans.distance(loan, shape, one, (one * eth / 3000.0, one)).x) == pytest.approx(0.0, abs=1e-9)
     assert 1.0 - np.exp(-np.log(hf)) == pytest.approx(expected["joint_drop"], rel=1e-9)
 
 
@@ -221,7 +222,8 @@ def test_broken_lending_venues_are_refused(change, words):
         (dict(kind="tierd_margin", tiers={}), "kind is 'tierd_margin'"),
         (dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, fee=1), "unknown key 'fee'"),
         (dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, liquidation_fee_rate=1.5), "liquidation_fee_rate"),
-        (dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, funding={"interval_hours": 0}), "funding_interval_hours"),
+        (dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, funding={"rate_per_8h": 0.0001, "interval_hours": 0}), "funding_interval_hours"),
+        (dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, funding={"interval_hours": 8}), "rate_per_8h is missing"),
     ],
 )
 def test_bad_venue_configurations_are_refused(config, words):

@@ -1,0 +1,85 @@
+r"""Liquidation as a first passage of a log distance to zero, shared by all kinds of accounts.
+
+An account's distance is $x = \log(\text{assets side} / \text{liabilities side})$; it is liquidated when $x \le 0$. Over one
+step its conditional variance is $w'\Sigma w$ with the elasticities $w_i = \partial x / \partial \log P_i$, and the
+Brownian-bridge crossing probability follows: exact when one asset moves x, first order in the step for several.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from qpo_sim.market import model as market_model
+from qpo_sim.types import Array, Context
+
+
+class Options(NamedTuple):
+    """What picks the program.
+
+    `bridge`: test between the step ends too; `attribution`: keep what the P&L by position needs; `drawn`: carry the
+    drawn branch; `record`: keep distances for recorded paths.
+    """
+
+    bridge: bool
+    attribution: bool
+    drawn: bool
+    record: bool
+
+
+class Distance(NamedTuple):
+    """Log distance x to liquidation and its elasticities to the log-prices of the account's assets."""
+
+    x: Array
+    elasticity: tuple[Array, ...]
+
+
+class Survival(NamedTuple):
+    """Survival branch of an account.
+
+    `hit_probability` is the probability F, given the path's step ends, of having been liquidated by now; `left` is what
+    a liquidation leaves, weighted with F; `distance` the distance now, kept only where paths are recorded.
+    """
+
+    hit_probability: Array
+    left: tuple[Array, ...]
+    distance: Any = ()
+
+
+class ProfitAndLoss(NamedTuple):
+    """P&L of an account: price moves by position, then what else moved its equity."""
+
+    price: tuple[Array, ...]
+    funding: Array
+    interest: Array
+    fees: Array
+    liquidation: Array
+
+
+def survive(before: Survival, crossing: Array, left: tuple[Array, ...], distance: Array, options: Options) -> Survival:
+    """Survival branch after a step in which the account is liquidated with probability `crossing`."""
+    # F grows by its increments: unlike a product of survival probabilities it keeps tiny ones in float32.
+    newly = (1.0 - before.hit_probability) * crossing
+    return Survival(
+        before.hit_probability + newly,
+        tuple(total + newly * share for total, share in zip(before.left, left, strict=True)),
+        distance if options.record else (),
+    )
+
+
+def step_moments(distance: Distance, assets: tuple[int, ...], context: Context, scale: Any) -> tuple[Array, tuple]:
+    """Variance of x over the step and the regression slope of each log-price on x."""
+    weights = distance.elasticity
+    covariance = []
+    for i in assets:
+        terms = (market_model.step_covariance(context.market, scale, i, j) for j in assets)
+        covariance.append(sum(c * w for c, w in zip(terms, weights, strict=True)))
+    variance = jnp.maximum(sum(w * c for w, c in zip(weights, covariance, strict=True)), 1e-20)
+    return variance, tuple(c / variance for c in covariance)
+
+
+def price_at_barrier(price: Array, x: Array, slope: Array) -> Array:
+    """Price when the account touches its barrier: the log-price moved back by its regression on x.
+
+    For one asset this is the liquidation price itself. The clip only concerns crossings too improbable to be drawn.
+    """
+    return price * jnp.exp(jnp.clip(-x * slope, -4.0, 4.0))

@@ -1,0 +1,220 @@
+r"""Linear perpetual futures behind one margin balance, cross or isolated, with tiered maintenance margin and funding.
+
+Liquidated when equity < maintenance margin. With the active tier (r, c) of each position this is rearranged so that both
+sides are positive,
+
+$$ M - \sum q_i E_i + \sum c_i + \sum (q_i - |q_i| r_i) P_i < 0 , $$
+
+cash-like and price terms each on the side of their sign. For an isolated position the log ratio of the sides is the
+log-price itself, shifted, so the bridge test is exact.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from qpo_sim.instrument.first_passage import (
+    Distance,
+    Options,
+    ProfitAndLoss,
+    Survival,
+    price_at_barrier,
+    step_moments,
+)
+from qpo_sim.numerics import bridge_crossing, safe_log
+from qpo_sim.types import Array, Context
+from qpo_sim.venue import tiered_margin
+from qpo_sim.venue.tiered_margin import TierSchedule
+
+
+class Perpetual(NamedTuple):
+    """Parameters of a perpetual margin account; arrays run over its positions.
+
+    `quantity` is the signed notional at the starting price, `entry` the entry price over the starting price, `margin`
+    the account's wallet balance; `schedule` has the tier axis first. Money in units of the starting capital.
+    """
+
+    margin: Float[Array, ""]
+    quantity: Float[Array, " positions"]
+    entry: Float[Array, " positions"]
+    schedule: TierSchedule
+    funding_rate: Float[Array, " positions"]
+    liquidation_fee: Float[Array, " positions"]
+    liquidation_slippage: Float[Array, " positions"]
+
+
+class PerpetualShape(NamedTuple):
+    """Static shape of a perpetual account."""
+
+    name: str
+    assets: tuple[int, ...]
+    mode: str
+    venue: str
+    funding_interval_hours: float
+
+
+class MarginState(NamedTuple):
+    """Wallet balance and distance of the account as if it were never liquidated."""
+
+    margin: Array
+    distance: Array
+
+
+class Latch(NamedTuple):
+    """What settling needs: balance, distance, crossing probability, P&L and costs at the mark and at the barrier."""
+
+    margin: Array
+    distance: Array
+    crossing: Array
+    profit: Array
+    hit_profit: Array
+    hit_fee: Array
+    hit_slippage: Array
+    prices: tuple[Array, ...]
+    hit_prices: tuple[Array, ...]
+
+
+class Drawn(NamedTuple):
+    """Drawn branch: alive (1 or 0), payoff once closed, prices frozen at the close, P&L accounts, equity."""
+
+    alive: Array
+    payoff: Array
+    frozen: tuple[Array, ...]
+    funding: Array
+    fees: Array
+    liquidation: Array
+    equity: Array
+
+    @property
+    def liquidated(self) -> Array:
+        """1 where the account has been liquidated."""
+        return 1.0 - self.alive
+
+
+def assets(shape: PerpetualShape) -> tuple[int, ...]:
+    """Assets whose prices the account depends on."""
+    return shape.assets
+
+
+def profit(account: Perpetual, prices: tuple[Array, ...]) -> Array:
+    """Unrealised profit at the given relative prices."""
+    return sum(account.quantity[i] * (price - account.entry[i]) for i, price in enumerate(prices))
+
+
+def distance(account: Perpetual, margin: Array, prices: tuple[Array, ...]) -> Distance:
+    """Distance to liquidation with wallet balance `margin` at the given relative prices."""
+    up, down, constant = jnp.zeros_like(margin), jnp.zeros_like(margin), margin
+    terms = []
+    for i, price in enumerate(prices):
+        quantity = account.quantity[i]
+        long, short = jnp.maximum(quantity, 0.0), jnp.maximum(-quantity, 0.0)
+        schedule = TierSchedule(*(table[:, i] for table in account.schedule))
+        rate, deduction = tiered_margin.active_tier(schedule, (long + short) * price)
+        asset, liability = long * (1.0 - rate) * price, short * (1.0 + rate) * price
+        constant = constant + deduction - quantity * account.entry[i]
+        up, down = up + asset, down + liability
+        terms.append((asset, liability))
+    # An empty side is far away (or far gone), not infinite.
+    up = jnp.maximum(up + jnp.maximum(constant, 0.0), 1e-12)
+    down = jnp.maximum(down + jnp.maximum(-constant, 0.0), 1e-12)
+    return Distance(safe_log(up / down), tuple(asset / up - liability / down for asset, liability in terms))
+
+
+def margin_init(account: Perpetual, shape: PerpetualShape, one: Array, options: Options) -> tuple[MarginState, Latch]:
+    """State before the first step."""
+    margin, zero, prices = account.margin * one, 0.0 * one, (one,) * len(shape.assets)
+    kept = prices if options.attribution else ()
+    state = MarginState(margin, distance(account, margin, prices).x)
+    return state, Latch(margin, one, zero, zero, zero, zero, zero, kept, kept)
+
+
+def margin_step(
+    context: Context, t: Array, account: Perpetual, shape: PerpetualShape, state: MarginState, prices, scale, options: Options
+) -> tuple[MarginState, Latch]:  # fmt: skip
+    """Funding, distance and crossing probability of one step."""
+    own = tuple(prices[i] for i in shape.assets)
+    payment = sum(account.funding_rate[i] * account.quantity[i] * price for i, price in enumerate(own))
+    margin = state.margin - _funding_stamps(context, shape, t) * payment
+    now = distance(account, margin, own)
+    if options.bridge:
+        variance, slopes = step_moments(now, shape.assets, context, scale)
+        crossing = bridge_crossing(state.distance, now.x, variance)
+        hit = tuple(price_at_barrier(p, now.x, s) for p, s in zip(own, slopes, strict=True))
+    else:
+        crossing, hit = (now.x <= 0.0).astype(margin.dtype), own
+    gross = [jnp.abs(account.quantity[i]) * price for i, price in enumerate(hit)]
+    latch = Latch(
+        margin=margin,
+        distance=now.x,
+        crossing=crossing,
+        profit=profit(account, own),
+        hit_profit=profit(account, hit),
+        hit_fee=sum(account.liquidation_fee[i] * g for i, g in enumerate(gross)),
+        hit_slippage=sum(account.liquidation_slippage[i] * g for i, g in enumerate(gross)),
+        prices=own if options.attribution else (),
+        hit_prices=hit if options.attribution else (),
+    )
+    return MarginState(margin, now.x), latch
+
+
+def _payoff(latch: Latch) -> Array:
+    return jnp.maximum(latch.margin + latch.hit_profit - latch.hit_fee - latch.hit_slippage, 0.0)
+
+
+def left(context, t, account: Perpetual, shape: PerpetualShape, latch: Latch, options: Options) -> tuple[Array, ...]:
+    """Equity that a liquidation leaves: what remains of the margin after fee and slippage, not below zero."""
+    return (_payoff(latch),)
+
+
+def drawn_init(account: Perpetual, shape: PerpetualShape, one: Array, options: Options) -> Drawn:
+    """Drawn branch before the first step."""
+    prices, zero = (one,) * len(shape.assets), 0.0 * one
+    equity = account.margin * one + profit(account, prices)
+    return Drawn(one, zero, prices if options.attribution else (), zero, zero, zero, equity)
+
+
+def drawn_step(
+    context: Context, t: Array, account: Perpetual, shape: PerpetualShape, state: Drawn, latch: Latch, uniform: Array,
+    options: Options,
+) -> Drawn:  # fmt: skip
+    """Drawn branch after one step; the account closes where the uniform falls below the crossing probability."""
+    payoff = _payoff(latch)
+    closes = state.alive * (uniform < latch.crossing).astype(uniform.dtype)
+    alive = state.alive - closes
+    frozen = tuple(
+        old + state.alive * (jnp.where(closes > 0.0, hit, price) - old)
+        for old, price, hit in zip(state.frozen, latch.prices, latch.hit_prices, strict=True)
+    )
+    paid = state.payoff + closes * payoff
+    return Drawn(
+        alive=alive,
+        payoff=paid,
+        frozen=frozen,
+        funding=jnp.where(state.alive > 0.0, latch.margin - account.margin, state.funding),
+        fees=state.fees - closes * latch.hit_fee,
+        # Slippage paid, and what the insurance fund takes over when the account ends below zero.
+        liquidation=state.liquidation + closes * (payoff - latch.margin - latch.hit_profit + latch.hit_fee),
+        equity=jnp.where(alive > 0.0, latch.margin + latch.profit, paid),
+    )
+
+
+def close_survival(
+    context: Context, account: Perpetual, shape: PerpetualShape, state: MarginState, survival: Survival, prices
+) -> tuple[Array, Array]:  # fmt: skip
+    """Terminal equity if never liquidated, and the F-weighted equity that liquidation left."""
+    return state.margin + profit(account, tuple(prices[i] for i in shape.assets)), survival.left[0]
+
+
+def profit_and_loss(account: Perpetual, state: Drawn) -> ProfitAndLoss:
+    """P&L of the drawn branch since the start (at the starting price, whatever the entry)."""
+    price = tuple(account.quantity[i] * (frozen - 1.0) for i, frozen in enumerate(state.frozen))
+    return ProfitAndLoss(price, state.funding, 0.0 * state.funding, state.fees, state.liquidation)
+
+
+def _funding_stamps(context: Context, shape: PerpetualShape, t: Array) -> Array:
+    # Stamps in (start, end] of the step; the run starts right after one.
+    ends = np.arange(context.n_steps + 1) * context.step_hours / shape.funding_interval_hours
+    stamps = np.diff(np.floor(ends + 1e-9))
+    return jnp.asarray(stamps, context.market.drift.dtype)[jnp.clip(t, 0, context.n_steps - 1)]
