@@ -1,8 +1,8 @@
 """Monte Carlo risk of digital-asset portfolios, differentiable from weights to tail risk.
 
 `import qpo_sim as qpo` gives the pieces of the main path: `qpo.load_prices`, `qpo.log_returns`, `qpo.calibrate`,
-`qpo.regime_student_t` (or `qpo.gbm`), `qpo.build_book`, `qpo.run`, `qpo.measures`, `qpo.optimize_weights`. All of them are plain
-functions on pytrees; `qpo.simulate_paths` is the differentiable core.
+`qpo.regime_student_t` (or `qpo.gbm`), `qpo.build_book`, `qpo.run`, `qpo.measures`, `qpo.optimize_weights`. All of them
+are plain functions on pytrees; `qpo.simulate_paths` is the differentiable core.
 """
 
 import importlib
@@ -33,7 +33,27 @@ _HOMES = {
     "simulate_paths": "qpo_sim.simulate",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "Book",
+    "Estimate",
+    "InputError",
+    "Market",
+    "Plan",
+    "attribution",
+    "build_book",
+    "calibrate",
+    "gbm",
+    "load_prices",
+    "load_venue",
+    "log_returns",
+    "market_paths",
+    "measures",
+    "optimize_weights",
+    "regime_student_t",
+    "run",
+    "simulate_paths",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from qpo_sim.book import Book, build_book

@@ -18,18 +18,19 @@ from qpo_sim.book import ACCOUNTS, Book, build_book
 from qpo_sim.calibration import RegimeFit
 from qpo_sim.compute.run import Progress, Run
 from qpo_sim.config import Timeline, check_assets, timeline
-from qpo_sim.config.schema import Config, GbmMarket
+from qpo_sim.config.schema import Config, RegimeStudentTMarket
 from qpo_sim.errors import InputError
 from qpo_sim.market import Market, presets
 from qpo_sim.report import RunReport, terminal_summary, write_report
 from qpo_sim.risk import summary
+from qpo_sim.risk.limits import BREACHED, judge
+from qpo_sim.risk.summary import Measure
 from qpo_sim.simulate import Plan, market_paths, simulate_paths
 from qpo_sim.types import HOURS_PER_YEAR
 
 OK, LIMIT_BREACHED = 0, 3
 _FAN = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _N_WORST = 10
-_ERROR_BAR = 1.959963984540054
 
 ProgressBar = Callable[..., Any]
 
@@ -83,7 +84,7 @@ def run(config: Config, folder: Path, progress: ProgressBar) -> int:
     )
     written = write_report(report, folder, parquet=config.report.parquet, html=config.report.html)
     print(terminal_summary(report, written))
-    if report.limits is not None and (report.limits["status"] == "breached").any():
+    if report.limits is not None and BREACHED in set(report.limits["status"]):
         return LIMIT_BREACHED
     return OK
 
@@ -97,9 +98,13 @@ def open_session(config: Config) -> Session:
     clock = time.perf_counter()
     options = config.data
     prices = data.load_prices(
-        options.path, assets=options.assets, exclude=options.exclude, start=options.start, end=options.end,
+        options.path,
+        assets=options.assets,
+        exclude=options.exclude,
+        start=options.start,
+        end=options.end,
         missing=options.missing,
-    )  # fmt: skip
+    )
     returns = data.log_returns(prices)
     check_assets(config, tuple(prices.columns))
     steps = timeline(config, data.step_hours(prices))
@@ -115,21 +120,30 @@ def build_market(config: Config, prices: pd.DataFrame, returns: pd.DataFrame) ->
     """Market of the configuration, with the fit behind it if there is one."""
     drift = config.market.drift
     choice: dict[str, Any] = {
-        "drift": drift.kind, "shrinkage": drift.shrinkage, "per_year": drift.per_year or 0.0,
+        "drift": drift.kind,
+        "shrinkage": drift.shrinkage,
+        "per_year": drift.per_year or 0.0,
         "rate_per_year": drift.rate_per_year,
-    }  # fmt: skip
-    if isinstance(config.market, GbmMarket):
+    }
+    if not isinstance(config.market, RegimeStudentTMarket):
         hours = data.step_hours(prices)
         years = hours / HOURS_PER_YEAR
         return None, presets.gbm(
-            tuple(returns.columns), (returns.std() / np.sqrt(years)).to_numpy(), _positive_definite(returns.corr().to_numpy()),
-            step_hours=hours, mean_per_year=(returns.mean() / years).to_numpy(), **choice,
-        )  # fmt: skip
+            tuple(returns.columns),
+            list(np.nanstd(returns.to_numpy(), axis=0, ddof=1) / np.sqrt(years)),
+            _positive_definite(returns.corr().to_numpy()),
+            step_hours=hours,
+            mean_per_year=list(np.nanmean(returns.to_numpy(), axis=0) / years),
+            **choice,
+        )
     options = config.calibration
     fitted = {
-        "n_regimes": options.n_regimes, "n_restarts": options.n_restarts, "sticky": options.sticky,
-        "dof_floor": options.dof_floor, "step_hours": data.step_hours(prices),
-    }  # fmt: skip
+        "n_regimes": options.n_regimes,
+        "n_restarts": options.n_restarts,
+        "sticky": options.sticky,
+        "dof_floor": options.dof_floor,
+        "step_hours": data.step_hours(prices),
+    }
     if options.cache:
         fit = calibration.cached_calibrate(returns, cache_dir=options.cache_dir, **fitted)
     else:
@@ -148,9 +162,14 @@ def book_of(config: Config, market: Market, prices: dict[str, float]) -> Book:
 
     book = config.book
     return build_book(
-        market.assets, capital=book.capital, spot=book.spot, perpetuals=[_plain(account) for account in book.perpetuals],
-        loans=[_plain(loan) for loan in book.loans], prices=prices, venue=find,
-    )  # fmt: skip
+        market.assets,
+        capital=book.capital,
+        spot=book.spot,
+        perpetuals=[_plain(account) for account in book.perpetuals],
+        loans=[_plain(loan) for loan in book.loans],
+        prices=prices,
+        venue=find,
+    )
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -185,13 +204,26 @@ def optimize_job(session: Session, progress: ProgressBar) -> RunReport:
     clock = time.perf_counter()
     with progress(total=options.n_steps, desc=f"weights: {options.objective}", unit="step") as bar:
         found = optimize.optimize_weights(
-            session.market, session.book, n_steps=session.n_steps, step_hours=session.step_hours,
-            monitoring=session.config.simulation.monitoring, objective_name=options.objective, level=options.level,
-            risk_aversion=options.risk_aversion, liquidation_penalty=options.liquidation_penalty, lower=options.lower,
-            upper=options.upper, gross_leverage=options.gross_leverage, learning_rate=options.learning_rate,
-            n_iterations=options.n_steps, n_paths=options.n_paths, n_test_paths=options.n_test_paths,
-            seed=session.config.seed, devices=session.config.compute.devices, engine=finished.engine,
-        )  # fmt: skip
+            session.market,
+            session.book,
+            n_steps=session.n_steps,
+            step_hours=session.step_hours,
+            monitoring=session.config.simulation.monitoring,
+            objective_name=options.objective,
+            level=options.level,
+            risk_aversion=options.risk_aversion,
+            liquidation_penalty=options.liquidation_penalty,
+            lower=options.lower,
+            upper=options.upper,
+            gross_leverage=options.gross_leverage,
+            learning_rate=options.learning_rate,
+            n_iterations=options.n_steps,
+            n_paths=options.n_paths,
+            n_test_paths=options.n_test_paths,
+            seed=session.config.seed,
+            devices=session.config.compute.devices,
+            engine=finished.engine,
+        )
         bar.update(options.n_steps)
     session.timings["optimize"] = time.perf_counter() - clock
     weights = pd.DataFrame(
@@ -218,10 +250,17 @@ def calibrate_job(session: Session, progress: ProgressBar) -> RunReport:
     if session.fit is None:
         raise InputError("job=calibrate fits a regime market; choose market=regime_student_t.")
     return RunReport(
-        job="calibrate", title=_title(session), capital=session.config.book.capital, horizon_days=session.horizon_days,
-        n_paths=0, n_steps=session.n_steps, step_hours=session.step_hours, assets=session.market.assets,
-        manifest=_manifest(session), **_fit_tables(session),
-    )  # fmt: skip
+        job="calibrate",
+        title=_title(session),
+        capital=session.config.book.capital,
+        horizon_days=session.horizon_days,
+        n_paths=0,
+        n_steps=session.n_steps,
+        step_hours=session.step_hours,
+        assets=session.market.assets,
+        manifest=_manifest(session),
+        **_fit_tables(session),
+    )
 
 
 def replay_job(session: Session, progress: ProgressBar) -> RunReport:
@@ -229,9 +268,12 @@ def replay_job(session: Session, progress: ProgressBar) -> RunReport:
     number = session.config.path
     n_steps, hours = session.n_steps, session.step_hours
     plan = Plan(
-        n_steps, step_hours=hours, monitoring=session.config.simulation.monitoring, dates=tuple(range(1, n_steps + 1)),
+        n_steps,
+        step_hours=hours,
+        monitoring=session.config.simulation.monitoring,
+        dates=tuple(range(1, n_steps + 1)),
         record_paths=True,
-    )  # fmt: skip
+    )
     clock = time.perf_counter()
     path = np.array([number], np.uint32)
     outcome = jax.tree.map(
@@ -259,21 +301,30 @@ def replay_job(session: Session, progress: ProgressBar) -> RunReport:
     frame = pd.DataFrame(columns, index=pd.Index(days, name="day"))
     drawdown = float(outcome.max_drawdown[0])
     return RunReport(
-        job="replay", title=f"Path {number}: {_title(session)}", capital=session.config.book.capital,
-        horizon_days=session.horizon_days, n_paths=1, n_steps=n_steps, step_hours=hours, assets=session.market.assets,
-        replay=frame, replay_events=_events(session, frame, record, regime),
+        job="replay",
+        title=f"Path {number}: {_title(session)}",
+        capital=session.config.book.capital,
+        horizon_days=session.horizon_days,
+        n_paths=1,
+        n_steps=n_steps,
+        step_hours=hours,
+        assets=session.market.assets,
+        replay=frame,
+        replay_events=_events(session, frame, record, regime),
         worst_paths=pd.DataFrame(
             {
-                "path": [number], "loss": [1.0 - float(equity[-1])], "max_drawdown": [drawdown],
+                "path": [number],
+                "loss": [1.0 - float(equity[-1])],
+                "max_drawdown": [drawdown],
                 "liquidated": [",".join(n for n, hit in zip(names, outcome.is_liquidated[:, 0], strict=True) if hit)],
             }
         ),
         manifest=_manifest(session),
-    )  # fmt: skip
+    )
 
 
 def _events(session: Session, frame: pd.DataFrame, record: Any, regime: np.ndarray) -> pd.DataFrame:
-    days = frame.index.to_numpy()[1:]
+    days = [float(day) for day in frame.index][1:]
     labels = _labels(int(session.market.n_regimes))
     rows: list[tuple[float, str]] = [
         (days[t], f"the market turns {labels[int(regime[t])]}")
@@ -317,11 +368,19 @@ def simulate_book(session: Session, progress: ProgressBar) -> tuple[Run, pd.Data
                     rows.append((state.n_done, name, level, float(estimate.value), float(estimate.std_error)))
 
         finished = engine.run(
-            session.market, session.book, n_paths=config.simulation.n_paths, n_steps=n_steps, step_hours=hours,
-            seed=config.seed, monitoring=config.simulation.monitoring,
-            levels=tuple(sorted({*config.risk.levels, level})), horizons=session.timeline.horizon_steps,
-            chunk_size=config.simulation.chunk_size, devices=config.compute.devices, progress=after_batch,
-        )  # fmt: skip
+            session.market,
+            session.book,
+            n_paths=config.simulation.n_paths,
+            n_steps=n_steps,
+            step_hours=hours,
+            seed=config.seed,
+            monitoring=config.simulation.monitoring,
+            levels=tuple(sorted({*config.risk.levels, level})),
+            horizons=session.timeline.horizon_steps,
+            chunk_size=config.simulation.chunk_size,
+            devices=config.compute.devices,
+            progress=after_batch,
+        )
     session.timings.update(finished.timings)
     return finished, pd.DataFrame(rows, columns=["n_paths", "measure", "level", "value", "std_error"])
 
@@ -329,7 +388,7 @@ def simulate_book(session: Session, progress: ProgressBar) -> tuple[Run, pd.Data
 def _risk_report(session: Session, finished: Run, convergence: pd.DataFrame) -> RunReport:
     clock = time.perf_counter()
     config, partial = session.config, finished.partial
-    measures = pd.DataFrame(summary.measures(finished))
+    measures = summary.measures(finished)
     level = config.risk.attribution_level
     days = np.asarray(finished.plan.dates) * session.step_hours / 24.0
     n = float(partial.n_used)
@@ -344,19 +403,34 @@ def _risk_report(session: Session, finished: Run, convergence: pd.DataFrame) -> 
         {
             "position": [position for position, _ in components],
             "account": [account for _, account in components],
-            "contribution": value, "std_error": error, "share": value / value.sum(),
+            "contribution": value,
+            "std_error": error,
+            "share": value / value.sum(),
         }
-    )  # fmt: skip
+    )
     session.timings["measure"] = time.perf_counter() - clock
     return RunReport(
-        job="risk", title=_title(session), capital=config.book.capital, horizon_days=session.horizon_days,
-        n_paths=finished.n_paths, n_steps=session.n_steps, step_hours=session.step_hours, assets=session.market.assets,
-        measures=measures, fan=pd.concat([start, fan], ignore_index=True),
+        job="risk",
+        title=_title(session),
+        capital=config.book.capital,
+        horizon_days=session.horizon_days,
+        n_paths=finished.n_paths,
+        n_steps=session.n_steps,
+        step_hours=session.step_hours,
+        assets=session.market.assets,
+        measures=pd.DataFrame(measures),
+        fan=pd.concat([start, fan], ignore_index=True),
         loss_histogram=pd.DataFrame({"left": edges[:-1], "right": edges[1:], "density": density}),
-        hazard=_hazard(finished, days), attribution=attribution, attribution_level=level,
-        ledger=_ledger(finished, level), convergence=convergence, worst_paths=_worst_paths(finished),
-        limits=_limits(config, measures), manifest=_manifest(session, finished), **_fit_tables(session),
-    )  # fmt: skip
+        hazard=_hazard(finished, days),
+        attribution=attribution,
+        attribution_level=level,
+        ledger=_ledger(finished, level),
+        convergence=convergence,
+        worst_paths=_worst_paths(finished),
+        limits=_limits(config, measures),
+        manifest=_manifest(session, finished),
+        **_fit_tables(session),
+    )
 
 
 def _hazard(finished: Run, days: np.ndarray) -> pd.DataFrame | None:
@@ -370,13 +444,16 @@ def _hazard(finished: Run, days: np.ndarray) -> pd.DataFrame | None:
     frames = [
         pd.DataFrame(
             {
-                "account": name, "day": days, "hazard": increment[:, j],
+                "account": name,
+                "day": days,
+                "hazard": increment[:, j],
                 "hazard_std_error": np.sqrt(np.maximum(square[:, j] - increment[:, j] ** 2, 0.0) / n),
-                "cumulative": curve.value[:, j], "cumulative_std_error": curve.std_error[:, j],
+                "cumulative": curve.value[:, j],
+                "cumulative_std_error": curve.std_error[:, j],
             }
         )
         for j, name in enumerate(names)
-    ]  # fmt: skip
+    ]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -416,28 +493,20 @@ def _worst_paths(finished: Run) -> pd.DataFrame:
     )
 
 
-def _limits(config: Config, measures: pd.DataFrame) -> pd.DataFrame | None:
-    rows = []
-    for limit in config.risk.limits:
-        horizon = measures["horizon_days"].max() if limit.horizon_days is None else limit.horizon_days
-        chosen = measures[(measures["measure"] == limit.measure) & np.isclose(measures["horizon_days"], horizon)]
-        if limit.level is not None:
-            chosen = chosen[np.isclose(chosen["level"], limit.level)]
-        chosen = chosen[chosen["account"] == limit.account] if limit.account else chosen
-        if chosen.empty:
-            raise InputError(
-                f"risk.limits: {limit.name} bounds {limit.measure}, which this run does not have for account "
-                f"{limit.account or 'the whole book'!r}, level {limit.level} and {horizon:g} days."
-            )
-        # Without an account, a measure that exists per account is bounded at its largest.
-        row = chosen.loc[chosen["value"].idxmax()]
-        value, error = float(row["value"]), float(row["std_error"])
-        bar = _ERROR_BAR * error if np.isfinite(error) else 0.0
-        status = "breached" if value - bar > limit.max else "within error" if value + bar > limit.max else "ok"
-        rows.append((limit.name, limit.measure, limit.max, value, error, status))
-    if not rows:
-        return None
-    return pd.DataFrame(rows, columns=["name", "measure", "limit", "value", "std_error", "status"])
+def _limits(config: Config, measures: list[Measure]) -> pd.DataFrame | None:
+    verdicts = [
+        judge(
+            measures,
+            name=limit.name,
+            measure=limit.measure,
+            limit=limit.max,
+            level=limit.level,
+            account=limit.account,
+            horizon_days=limit.horizon_days,
+        )
+        for limit in config.risk.limits
+    ]
+    return pd.DataFrame(verdicts) if verdicts else None
 
 
 def _labels(n_regimes: int) -> list[str]:
@@ -484,18 +553,22 @@ def _title(session: Session) -> str:
 def _manifest(session: Session, finished: Run | None = None) -> dict[str, Any]:
     fit = session.fit
     content: dict[str, Any] = {
-        "versions": {name: _version(name) for name in ("qpo-sim", "jax", "jaxlib", "numpy", "optax", "pandas", "hydra-core")},
+        "versions": {
+            name: _version(name) for name in ("qpo-sim", "jax", "jaxlib", "numpy", "optax", "pandas", "hydra-core")
+        },
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [str(d) for d in jax.devices()],
         "seed": session.config.seed,
         "data": {
-            "fingerprint": data.fingerprint(session.prices), "rows": len(session.prices),
-            "first": str(session.prices.index[0]), "last": str(session.prices.index[-1]),
+            "fingerprint": data.fingerprint(session.prices),
+            "rows": len(session.prices),
+            "first": str(session.prices.index[0]),
+            "last": str(session.prices.index[-1]),
         },
         "timings_seconds": {k: round(v, 3) for k, v in session.timings.items()},
         "config": asdict(session.config),
-    }  # fmt: skip
+    }
     if fit is not None:
         content["calibration"] = fit.summary()
     if finished is not None:

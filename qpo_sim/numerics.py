@@ -1,6 +1,7 @@
 """Primitives that stay finite, keep their gradients, and keep XLA's loops cheap. Nothing here knows finance."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -10,6 +11,9 @@ from qpo_sim.types import Array
 # Up to this many assets a matrix-vector product per path is unrolled into rows of fused multiply-adds, which XLA:CPU
 # vectorises over paths; beyond it one matrix product is both faster and much cheaper to compile.
 MAX_UNROLLED_ASSETS = 32
+
+# One row per asset: a tuple of (paths,) arrays while assets are few, one (assets, paths) array when they are many.
+Rows = Any
 
 _TINY = 1e-30
 
@@ -46,7 +50,7 @@ def select(masks: Sequence[Array], table: Sequence[Array]) -> Array:
     return value
 
 
-def regime_matvec(factors: Array, masks: Sequence[Array], z: Sequence[Array]) -> Sequence[Array]:
+def regime_matvec(factors: Array, masks: Sequence[Array], z: Rows) -> Rows:
     """Rows of F_k z for the state k that the one-hot masks name.
 
     Args:
@@ -73,7 +77,7 @@ def regime_matvec(factors: Array, masks: Sequence[Array], z: Sequence[Array]) ->
     return lax.dot_general(steps, masked, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
-def rows_like(rows: Sequence[Array], values: Sequence[Array]) -> Sequence[Array]:
+def rows_like(rows: Rows, values: Sequence[Array]) -> Rows:
     """`values` in the container of `rows`: a tuple of rows, or one (rows, paths) array."""
     return jnp.stack(list(values)) if hasattr(rows, "ndim") else tuple(values)
 

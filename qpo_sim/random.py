@@ -59,7 +59,7 @@ def stream_key(seed: int, stream: Stream) -> StreamKey:
     """Key of a stream: the cipher applied to the stream's number under the 64-bit seed, so keys share no structure."""
     seed_key = StreamKey(np.uint32((seed >> 32) & 0xFFFFFFFF), np.uint32(seed & 0xFFFFFFFF))
     with np.errstate(over="ignore"):
-        high, low = threefry2x32(np.uint32([int(stream)]), np.uint32([0]), seed_key)
+        high, low = threefry2x32(np.array([int(stream)], np.uint32), np.zeros(1, np.uint32), seed_key)
     return StreamKey(high[0], low[0])
 
 

@@ -77,9 +77,11 @@ def default_dates(n_steps: int, wanted: Sequence[int] = ()) -> tuple[int, ...]:
 
 
 class Record(NamedTuple):
-    """The accounts at the plan's dates: equity and liquidations of the drawn branch, and the log distance to
-    liquidation of the account as if it had not been liquidated.
-    """  # fmt: skip
+    """The accounts at the plan's dates.
+
+    Equity and liquidations are the drawn branch's; the log distance to liquidation is that of the account as if it were
+    never liquidated.
+    """
 
     account_equity: Float[Array, "dates accounts paths"]
     is_liquidated: Float[Array, "dates accounts paths"]
@@ -131,8 +133,8 @@ class ObserverState(NamedTuple):
 
 
 def _observer(book: Book, plan: Plan) -> Stage:
-    # Slot of the date at or after each step: later steps of the same slot overwrite earlier ones, so that each slot ends
-    # with the value at its date and no step needs a branch.
+    # Slot of the date at or after each step: later steps of the same slot overwrite earlier ones, so that each slot
+    # ends with the value at its date and no step needs a branch.
     slots = np.searchsorted(np.asarray(plan.dates), np.arange(plan.n_steps) + 1)
     n_dates, n_accounts = len(plan.dates), book.n_accounts
 
@@ -210,9 +212,14 @@ def record_bytes(market: Market, plan: Plan, n_paths: int) -> int:
 
 
 def simulate_prepared(
-    market: Market, prepared: Prepared, book: Book, keys: Any, path: UInt32[Array, " paths"], plan: Plan,
+    market: Market,
+    prepared: Prepared,
+    book: Book,
+    keys: Any,
+    path: UInt32[Array, " paths"],
+    plan: Plan,
     record: MarketRecord | None = None,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Outcome of the given paths; traceable, to be jitted by the caller.
 
     Args:

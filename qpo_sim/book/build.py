@@ -80,8 +80,8 @@ def build_book(
     cash = 1.0 - spent
     if cash < -1e-9:
         raise InputError(
-            f"the book spends {spent:.6g} of its capital of 1 on spot, margin and net collateral; it must not exceed 1, "
-            f"so take {-cash:.3g} off."
+            f"the book spends {spent:.6g} of its capital of 1 on spot, margin and net collateral; it must not exceed "
+            f"1, so take {-cash:.3g} off."
         )
     held = tuple(holdings)
     return Book(
@@ -127,8 +127,8 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
         limit = rule.max_leverage(asset, size * capital)
         if limit is not None and abs(size) > limit * max(margin + float(np.sum(quantity * (1.0 - entry))), 0.0) + 1e-12:
             raise InputError(
-                f"{place}.positions.{asset} is {size} on a margin of {margin}; {rule.name} allows {limit:g} times the margin "
-                f"at this notional, so raise the margin or cut the position."
+                f"{place}.positions.{asset} is {size} on a margin of {margin}; {rule.name} allows {limit:g} times the "
+                f"margin at this notional, so raise the margin or cut the position."
             )
     equity = margin + float(np.sum(quantity * (1.0 - entry)))
     required = sum(
@@ -136,7 +136,8 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
     )
     if equity <= required:
         raise InputError(
-            f"{place} would be liquidated at once: its equity {equity:.6g} is not above its maintenance margin {required:.6g}."
+            f"{place} would be liquidated at once: its equity {equity:.6g} is not above its maintenance "
+            f"margin {required:.6g}."
         )
     reach = [int(np.sum(s.floor <= _TIER_REACH * abs(q) * capital)) for s, q in zip(schedules, quantity, strict=True)]
     n_tiers = max(1, *reach)

@@ -2,11 +2,11 @@ r"""The ledger: spot holdings, perpetual margin accounts and collateralised loan
 
 All money is in units of the starting capital, all prices relative to the start, so that float32 keeps its digits.
 
-**One probability of liquidation, two uses.** Each account has a probability of being liquidated during a step, given the
-step's end points (see `instrument.first_passage`). The drawn branch compares it with an addressed uniform: each path has
-one outcome, and a liquidated account keeps what liquidation leaves. The survival branch ignores the draw: it carries the
-probability F of having been liquidated by now and the F-weighted value liquidation leaves, for unbiased smooth estimates
-of liquidation probabilities and for gradients (conditional Monte Carlo).
+**One probability of liquidation, two uses.** Each account has a probability of being liquidated during a step, given
+the step's end points (see `instrument.first_passage`). The drawn branch compares it with an addressed uniform: each
+path has one outcome, and a liquidated account keeps what liquidation leaves. The survival branch ignores the draw: it
+carries the probability F of having been liquidated by now and the F-weighted value liquidation leaves, for unbiased
+smooth estimates of liquidation probabilities and for gradients (conditional Monte Carlo).
 """
 
 from dataclasses import dataclass, field
@@ -234,7 +234,7 @@ def close(context: Context, log_price: Any, margins: tuple[Any, ...], state: Led
     if not options.attribution:
         return Closing(conditional, is_liquidated, account_equity, None, None)
     spot = [book.spot[k] * (prices[i] - 1.0) for k, i in enumerate(book.spot_assets)]
-    components, totals = list(spot), dict.fromkeys(ACCOUNTS, zero)
+    components, totals = list(spot), {name: zero for name in ACCOUNTS}
     totals["price"] = sum(spot, zero)
     for (kind, account, _), drawn in zip(accounts, state.drawn, strict=True):
         pnl = kind.profit_and_loss(account, drawn)

@@ -130,10 +130,15 @@ def _load(path: Path) -> RegimeFit | None:
 def _check_shapes(fit: RegimeFit) -> None:
     n_regimes, n_assets = fit.mean.shape
     expected = {
-        "transition": (n_regimes, n_regimes), "initial": (n_regimes,), "start": (n_regimes,), "dof": (n_regimes,),
-        "scale": (n_regimes, n_assets, n_assets), "stationary": (n_regimes,), "durations": (n_regimes,),
+        "transition": (n_regimes, n_regimes),
+        "initial": (n_regimes,),
+        "start": (n_regimes,),
+        "dof": (n_regimes,),
+        "scale": (n_regimes, n_assets, n_assets),
+        "stationary": (n_regimes,),
+        "durations": (n_regimes,),
         "smoothed": fit.filtered.shape,
-    }  # fmt: skip
+    }
     for name, shape in expected.items():
         array = getattr(fit, name)
         if array.shape != shape or array.dtype != np.float64 or np.isnan(array).any():

@@ -59,9 +59,17 @@ def calibrate(
     """
     table = read_returns(returns, step_hours)
     _check_options(
-        n_regimes=n_regimes, n_restarts=n_restarts, seed=seed, sticky=sticky, dof=dof, dof_floor=dof_floor,
-        dof_cap=dof_cap, scale_floor=scale_floor, tolerance=tolerance, max_iterations=max_iterations,
-    )  # fmt: skip
+        n_regimes=n_regimes,
+        n_restarts=n_restarts,
+        seed=seed,
+        sticky=sticky,
+        dof=dof,
+        dof_floor=dof_floor,
+        dof_cap=dof_cap,
+        scale_floor=scale_floor,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
     check_enough(table, n_regimes)
     settings = Settings(sticky, scale_floor, dof_floor, dof_cap, tolerance, max_iterations)
     centre, deviation = np.nanmean(table.values, axis=0), np.nanstd(table.values, axis=0)

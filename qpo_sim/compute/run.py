@@ -55,7 +55,7 @@ class Engine:
     compile_seconds: float
 
     def batch(self, book: Book, first: int) -> dict[str, Any]:
-        """Arrays of `simulate.Outcome` by name for the paths first .. first + size - 1; returns before they are done."""
+        """Arrays of `simulate.Outcome` by name for paths first .. first + size - 1; returns before they are done."""
         return self.program(np.uint32(first), self.keys, self.market, self.prepared, book)
 
 
@@ -105,10 +105,8 @@ def check_chunk_size(chunk_size: int) -> int:
     return chunk_size
 
 
-def compile_batch(
-    market: Market, book: Book, plan: Plan, mesh: Mesh, *, chunk_size: int, chunks: int
-) -> Callable[[Any, Any, Any, Any, Any], dict[str, Any]]:
-    """Compiled function (first_path, keys, market, prepared, book) -> arrays of the batch, paths last and in order."""
+def compile_batch(market: Market, book: Book, plan: Plan, mesh: Mesh, *, chunk_size: int, chunks: int) -> Any:
+    """Jitted function (first_path, keys, market, prepared, book) -> arrays of the batch, paths last and in order."""
     n_devices = mesh.devices.size
 
     def on_device(first, keys, market, prepared, book):

@@ -222,7 +222,7 @@ def _check_data(config: Config) -> None:
 
 
 def _check_calibration(calibration: CalibrationConfig) -> None:
-    _between("calibration.n_regimes", calibration.n_regimes, 1, 10)
+    _between("calibration.n_regimes", calibration.n_regimes, 1, 8)
     _between("calibration.n_restarts", calibration.n_restarts, 1, 10_000)
     _between("calibration.sticky", calibration.sticky, 0.0, 1e6)
     if not 2.0 < calibration.dof_floor <= 100.0:

@@ -1,8 +1,8 @@
 r"""Liquidation as a first passage of a log distance to zero, shared by all kinds of accounts.
 
-An account's distance is $x = \log(\text{assets side} / \text{liabilities side})$; it is liquidated when $x \le 0$. Over one
-step its conditional variance is $w'\Sigma w$ with the elasticities $w_i = \partial x / \partial \log P_i$, and the
-Brownian-bridge crossing probability follows: exact when one asset moves x, first order in the step for several.
+An account's distance is $x = \log(\text{assets side} / \text{liabilities side})$; it is liquidated when $x \le 0$.
+Over one step its conditional variance is $w'\Sigma w$ with the elasticities $w_i = \partial x / \partial \log P_i$,
+and the Brownian-bridge crossing probability follows: exact when one asset moves x, first order in the step for several.
 """
 
 from typing import Any, NamedTuple

@@ -1,7 +1,8 @@
 """Collateralised loan with a health factor (Aave v3 form): collateral in assets, debt in cash and in assets.
 
-The distance to liquidation is the log health factor. A liquidation repays part of the debt and takes collateral worth the
-repayment plus a bonus, pro rata over the collaterals; the loan lives on with what is left and can be liquidated again.
+The distance to liquidation is the log health factor. A liquidation repays part of the debt and takes collateral worth
+the repayment plus a bonus, pro rata over the collaterals; the loan lives on with what is left and can be liquidated
+again.
 """
 
 from typing import NamedTuple
@@ -137,9 +138,15 @@ def margin_step(
 
 
 def _liquidated(
-    account: Loan, shape: LoanShape, latch: Latch, collateral_left: Array, debt_left: Array, x: Array, debt_growth: Array,
+    account: Loan,
+    shape: LoanShape,
+    latch: Latch,
+    collateral_left: Array,
+    debt_left: Array,
+    x: Array,
+    debt_growth: Array,
     options: Options,
-) -> Left:  # fmt: skip
+) -> Left:
     prices = latch.prices
     health = jnp.exp(jnp.minimum(x, 0.0))
     if options.bridge:
@@ -150,9 +157,14 @@ def _liquidated(
     values = [account.collateral[i] * prices[i] for i in range(len(shape.collateral_assets))]
     bonus = sum(account.bonus[i] * value for i, value in enumerate(values)) / jnp.maximum(sum(values), 1e-12)
     result = health_factor.liquidate(
-        collateral, debt, health, bonus=bonus, close_factor=account.close_factor,
-        full_close_health=account.full_close_health, small_position=account.small_position,
-    )  # fmt: skip
+        collateral,
+        debt,
+        health,
+        bonus=bonus,
+        close_factor=account.close_factor,
+        full_close_health=account.full_close_health,
+        small_position=account.small_position,
+    )
     removed = result.repaid + result.bad_debt
     return Left(
         collateral_left * (1.0 - result.seized / jnp.maximum(collateral, 1e-12)),
@@ -179,10 +191,16 @@ def drawn_init(account: Loan, shape: LoanShape, one: Array, options: Options) ->
 
 
 def drawn_step(
-    context: Context, t: Array, account: Loan, shape: LoanShape, state: Drawn, latch: Latch, uniform: Array,
+    context: Context,
+    t: Array,
+    account: Loan,
+    shape: LoanShape,
+    state: Drawn,
+    latch: Latch,
+    uniform: Array,
     options: Options,
-) -> Drawn:  # fmt: skip
-    """Drawn branch after one step; part of the loan is closed where the uniform falls below its crossing probability."""
+) -> Drawn:
+    """Drawn branch after one step; part of the loan is closed where the uniform is below its crossing probability."""
     growth_before, growth_after = growth(context, account, t), growth(context, account, t + 1)
     # Collateral and debt shrink proportionally, so a liquidation moves the distance by the log of their shares' ratio.
     is_open = (state.debt_left > 1e-6) & (state.collateral_left > 1e-6)

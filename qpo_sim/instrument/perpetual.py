@@ -1,7 +1,7 @@
 r"""Linear perpetual futures behind one margin balance, cross or isolated, with tiered maintenance margin and funding.
 
-Liquidated when equity < maintenance margin. With the active tier (r, c) of each position this is rearranged so that both
-sides are positive,
+Liquidated when equity < maintenance margin. With the active tier (r, c) of each position this is rearranged so that
+both sides are positive,
 
 $$ M - \sum q_i E_i + \sum c_i + \sum (q_i - |q_i| r_i) P_i < 0 , $$
 
@@ -131,8 +131,15 @@ def margin_init(account: Perpetual, shape: PerpetualShape, one: Array, options: 
 
 
 def margin_step(
-    context: Context, t: Array, account: Perpetual, shape: PerpetualShape, state: MarginState, prices, scale, options: Options
-) -> tuple[MarginState, Latch]:  # fmt: skip
+    context: Context,
+    t: Array,
+    account: Perpetual,
+    shape: PerpetualShape,
+    state: MarginState,
+    prices,
+    scale,
+    options: Options,
+) -> tuple[MarginState, Latch]:
     """Funding, distance and crossing probability of one step."""
     own = tuple(prices[i] for i in shape.assets)
     payment = sum(account.funding_rate[i] * account.quantity[i] * price for i, price in enumerate(own))
@@ -176,9 +183,15 @@ def drawn_init(account: Perpetual, shape: PerpetualShape, one: Array, options: O
 
 
 def drawn_step(
-    context: Context, t: Array, account: Perpetual, shape: PerpetualShape, state: Drawn, latch: Latch, uniform: Array,
+    context: Context,
+    t: Array,
+    account: Perpetual,
+    shape: PerpetualShape,
+    state: Drawn,
+    latch: Latch,
+    uniform: Array,
     options: Options,
-) -> Drawn:  # fmt: skip
+) -> Drawn:
     """Drawn branch after one step; the account closes where the uniform falls below the crossing probability."""
     payoff = _payoff(latch)
     closes = state.alive * (uniform < latch.crossing).astype(uniform.dtype)
@@ -202,7 +215,7 @@ def drawn_step(
 
 def close_survival(
     context: Context, account: Perpetual, shape: PerpetualShape, state: MarginState, survival: Survival, prices
-) -> tuple[Array, Array]:  # fmt: skip
+) -> tuple[Array, Array]:
     """Terminal equity if never liquidated, and the F-weighted equity that liquidation left."""
     return state.margin + profit(account, tuple(prices[i] for i in shape.assets)), survival.left[0]
 

@@ -24,8 +24,8 @@ from qpo_sim.types import Array, Context, Stage, Upstream
 class Market:
     r"""Regime-switching market with multivariate Student-t (or Gaussian) log-returns.
 
-    Per base step, in regime k: $r = \mu_k + H\, \mathrm{diag}(\sigma_k) L_k z$ with $L_k L_k'$ the correlation matrix, z
-    standard normal and H the shared mixing scale (see `shock`; H = 1 when `dof` is None). A run may use several
+    Per base step, in regime k: $r = \mu_k + H\, \mathrm{diag}(\sigma_k) L_k z$ with $L_k L_k'$ the correlation matrix,
+    z standard normal and H the shared mixing scale (see `shock`; H = 1 when `dof` is None). A run may use several
     sub-steps per base step: regime and mixing scale are held within the base step and the Gaussian part is a Brownian
     motion, so the law of a base step does not depend on the number of sub-steps.
 
@@ -124,8 +124,8 @@ def regime_label(masks: tuple[Array, ...], like: Array) -> Array:
 def stages(market: Market) -> tuple[Stage, ...]:
     """The market's part of the line: draws, then regime and scale, then log-prices.
 
-    The last stage's state is `log_price` (cumulative log-return since the start, rows by asset) and its latch the `Scale`
-    of the step.
+    The last stage's state is `log_price` (cumulative log-return since the start, rows by asset) and its latch the
+    `Scale` of the step.
     """
     dtype = market.drift.dtype
     n_pairs = (market.n_assets + 1) // 2

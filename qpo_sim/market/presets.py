@@ -43,14 +43,26 @@ def regime_student_t(
     Raises:
       InputError: unknown drift, a dof not above 2, or a shrinkage outside [0, 1].
     """
-    dof = np.asarray(fit.dof, np.float64)
+    # Infinite dof is a Gaussian regime; a million is the same to float32 and keeps the formulas finite.
+    dof = np.minimum(np.asarray(fit.dof, np.float64), 1e6)
     if not np.all(dof > 2.0):
         raise InputError(f"dof must exceed 2 in every regime for the variance to exist, got {dof.tolist()}.")
     covariance = np.asarray(fit.scale, np.float64) * (dof / (dof - 2.0))[:, None, None]
     return _build(
-        fit.assets, fit.initial, fit.transition, fit.mean, covariance, dof, fit.step_hours,
-        drift=drift, shrinkage=shrinkage, per_year=per_year, rate_per_year=rate_per_year, mixing_cut=mixing_cut, dtype=dtype,
-    )  # fmt: skip
+        fit.assets,
+        fit.initial,
+        fit.transition,
+        fit.mean,
+        covariance,
+        dof,
+        fit.step_hours,
+        drift=drift,
+        shrinkage=shrinkage,
+        per_year=per_year,
+        rate_per_year=rate_per_year,
+        mixing_cut=mixing_cut,
+        dtype=dtype,
+    )
 
 
 def gbm(
@@ -87,9 +99,20 @@ def gbm(
     covariance = (volatility[:, None] * correlation * volatility[None, :])[None]
     mean = np.broadcast_to(np.asarray(mean_per_year, np.float64) * years, (n,))[None]
     return _build(
-        assets, np.ones(1), np.ones((1, 1)), mean, covariance, None, step_hours,
-        drift=drift, shrinkage=shrinkage, per_year=per_year, rate_per_year=rate_per_year, mixing_cut=0.0, dtype=dtype,
-    )  # fmt: skip
+        assets,
+        np.ones(1),
+        np.ones((1, 1)),
+        mean,
+        covariance,
+        None,
+        step_hours,
+        drift=drift,
+        shrinkage=shrinkage,
+        per_year=per_year,
+        rate_per_year=rate_per_year,
+        mixing_cut=0.0,
+        dtype=dtype,
+    )
 
 
 def _build(
@@ -137,10 +160,16 @@ def _build(
         return jnp.asarray(np.asarray(x, np.float64), dtype)
 
     return Market(
-        initial=cast(initial), transition=cast(transition), drift=cast(step_drift), volatility=cast(volatility),
-        correlation_cholesky=cast(cholesky), dof=None if dof is None else cast(dof), assets=assets,
-        step_hours=float(step_hours), mixing_cut=float(mixing_cut),
-    )  # fmt: skip
+        initial=cast(initial),
+        transition=cast(transition),
+        drift=cast(step_drift),
+        volatility=cast(volatility),
+        correlation_cholesky=cast(cholesky),
+        dof=None if dof is None else cast(dof),
+        assets=assets,
+        step_hours=float(step_hours),
+        mixing_cut=float(mixing_cut),
+    )
 
 
 def _log_mean_exp(variance: np.ndarray, dof: np.ndarray | None, cut: float) -> np.ndarray:

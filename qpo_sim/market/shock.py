@@ -7,10 +7,10 @@ monotone, branch-free and differentiable in $\nu$. One $H$ per step is shared by
 law elliptical and gives it tail dependence.
 
 **The cut.** exp of a Student-t return has no finite mean, so neither have prices, means or Sharpe ratios. The score is
-therefore cut below at $\zeta_{min} = \Phi^{-1}(\text{cut})$: mixing draws beyond the far quantile `cut` (1e-4 by default)
-are replaced by that quantile. Returns stay Gaussian mixtures with a bounded scale, every moment of the price exists,
-and the one-step VaR 99.9 % moves by less than 2e-3 relative (tested for dof 2.1 to 12; at 1e-5 by less than 1e-4, but the
-mean of a price then hangs on one path in a hundred thousand).
+therefore cut below at $\zeta_{min} = \Phi^{-1}(\text{cut})$: mixing draws beyond the far quantile `cut` (1e-4 by
+default) are replaced by that quantile. Returns stay Gaussian mixtures with a bounded scale, every moment of the price
+exists, and the one-step VaR 99.9 % moves by less than 2e-3 relative (tested for dof 2.1 to 12). A smaller
+cut moves it less, but then the mean of a price hangs on ever fewer paths.
 """
 
 from functools import partial
@@ -27,8 +27,8 @@ from qpo_sim.types import Array
 MIXING_CUT = 1e-4
 DEGREE = 12
 
-# The scores live in |zeta| <= 5.42 (24 random bits); the fit covers a little more. Chebyshev nodes on that interval, and
-# the matrix that takes values at the nodes to monomial coefficients in zeta / SCORE_RANGE.
+# The scores live in |zeta| <= 5.42 (24 random bits); the fit covers a little more. Chebyshev nodes on that interval,
+# and the matrix that takes values at the nodes to monomial coefficients in zeta / SCORE_RANGE.
 SCORE_RANGE = 5.6
 _N_NODES = 49
 _NODES = np.cos(np.pi * (np.arange(_N_NODES) + 0.5) / _N_NODES)
@@ -120,8 +120,8 @@ def log_mean_exp(
 ) -> Float[Array, "regimes assets"]:
     r"""$\log E[e^{\varepsilon}]$ of a cut Student-t shock with the given variance, per regime and asset.
 
-    $E[e^{\varepsilon}] = E_\zeta[\exp(\tfrac12 \sigma^2 H(\zeta)^2)]$, by the trapezoidal rule in the normal score (exact to
-    rounding for such smooth integrands). This is the drift correction that makes exp(return) a martingale.
+    $E[e^{\varepsilon}] = E_\zeta[\exp(\tfrac12 \sigma^2 H(\zeta)^2)]$, by the trapezoidal rule in the normal score
+    (exact to rounding for such smooth integrands). This is the drift correction that makes exp(return) a martingale.
     """
     zeta = jnp.linspace(-8.5, 8.5, n_nodes, dtype=variance.dtype)
     step = 17.0 / (n_nodes - 1)

@@ -5,9 +5,9 @@ r"""Better weights for a book, found by gradient descent through the simulator a
 
 **What the gradient sees.** The survival branch: per path and account the probability F of liquidation and the values
 with and without it. The book's outcome given the path's step ends is then a mixture over which accounts were liquidated
-(2^J combinations for J accounts); the objective is taken on this weighted sample, which is smooth in the weights and has
-no drawn event in it. The value after a liquidation is its mean over the liquidation times of the path, and a loan is
-liquidated at most once; the check on fresh paths uses the drawn branch, without either simplification.
+(2^J combinations for J accounts); the objective is taken on this weighted sample, which is smooth in the weights and
+has no drawn event in it. The value after a liquidation is its mean over the liquidation times of the path, and a loan
+is liquidated at most once; the check on fresh paths uses the drawn branch, without either simplification.
 """
 
 from collections.abc import Mapping
@@ -130,9 +130,12 @@ def position_names(book: Book) -> tuple[str, ...]:
 
 
 def bounds_of(
-    book: Book, *, lower: float | Mapping[str, float] = 0.0, upper: float | Mapping[str, float] = 1.0,
+    book: Book,
+    *,
+    lower: float | Mapping[str, float] = 0.0,
+    upper: float | Mapping[str, float] = 1.0,
     gross_leverage: float | None = None,
-) -> Bounds:  # fmt: skip
+) -> Bounds:
     """Feasible set around a book: spot within [lower, upper] with its sum kept, perpetuals within [-upper, upper].
 
     Args:
@@ -360,7 +363,11 @@ def optimize_weights(
         )
     check_level(level)
     plan = Plan(
-        n_steps, step_hours=market.step_hours if step_hours is None else step_hours, monitoring=monitoring, dates=(n_steps,), attribution=False
+        n_steps,
+        step_hours=market.step_hours if step_hours is None else step_hours,
+        monitoring=monitoring,
+        dates=(n_steps,),
+        attribution=False,
     )
     smooth = replace(plan, drawn=False)
     sub_steps = check_fit(market, book, plan)
@@ -391,9 +398,14 @@ def optimize_weights(
     comparison = compare(engine, books, level=level, n_paths=n_test_paths)
     flat = lambda w: np.concatenate([np.asarray(w.spot, np.float64), np.asarray(w.perpetual, np.float64)])  # noqa: E731
     return Optimum(
-        with_weights(book, solution.point), position_names(book), flat(start), flat(solution.point), flat(equal), solution,
+        with_weights(book, solution.point),
+        position_names(book),
+        flat(start),
+        flat(solution.point),
+        flat(equal),
+        solution,
         comparison,
-    )  # fmt: skip
+    )
 
 
 def _per_device(n_paths: int, n_devices: int) -> int:

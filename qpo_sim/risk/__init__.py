@@ -1,0 +1,1 @@
+"""Risk measures: outcomes and weights in, estimates with standard errors out."""

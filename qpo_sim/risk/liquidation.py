@@ -1,9 +1,9 @@
 r"""Liquidation as a first passage: probability, hazard and timing per account, from survival weights.
 
 Per path and account the simulator gives $F_t$, the conditional probability given the path's step ends of having been
-liquidated by t. Its mean over paths is the liquidation probability, and its sample variance the error: never larger than
-that of counting drawn liquidations (conditional Monte Carlo, Asmussen & Glynn 2007, V.4). With step monitoring F is 0 or
-1 and the same formulas count.
+liquidated by t. Its mean over paths is the liquidation probability, and its sample variance the error: never larger
+than that of counting drawn liquidations (conditional Monte Carlo, Asmussen & Glynn 2007, V.4). With step monitoring F
+is 0 or 1 and the same formulas count.
 """
 
 import numpy as np

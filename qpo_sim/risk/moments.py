@@ -32,10 +32,15 @@ def return_sums(value: Float[Array, "... paths"]) -> ReturnSums:
     square, down_square = value * value, downside * downside
     return ReturnSums(
         float(value.shape[-1]),
-        value.sum(-1), square.sum(-1), (square * value).sum(-1), (square * square).sum(-1),
-        down_square.sum(-1), (down_square * downside).sum(-1), (down_square * down_square).sum(-1),
+        value.sum(-1),
+        square.sum(-1),
+        (square * value).sum(-1),
+        (square * square).sum(-1),
+        down_square.sum(-1),
+        (down_square * downside).sum(-1),
+        (down_square * down_square).sum(-1),
         (value < 0.0).sum(-1).astype(np.float64),
-    )  # fmt: skip
+    )
 
 
 def mean(total: Array, total_square: Array, n: float) -> Estimate:

@@ -12,11 +12,10 @@ from qpo_sim.risk.tail import TailSample
 from qpo_sim.types import Estimate
 
 FRACTION, OF_PEAK, PROBABILITY, RATIO = "fraction of capital", "fraction of peak", "probability", "per year ratio"
-DRAWDOWN_LEVELS = (0.5, 0.95, 0.99)
 
 
 class Measure(NamedTuple):
-    """One number of a run; `account` is "" for the whole book, `level` and `horizon_days` NaN where they do not apply."""
+    """One number of a run; `account` is "" for the whole book, `level` NaN where there is none."""
 
     measure: str
     account: str
@@ -30,8 +29,8 @@ class Measure(NamedTuple):
 def tail_sample(partial: Any, horizon: int, level: float) -> TailSample:
     """Worst paths of a horizon that reach beyond the level with room for the error.
 
-    Exact while the run kept enough worst paths; else the bins of the fine histogram as weighted points (mean loss of the
-    bin, exact sums), which moves VaR by less than 0.1 % and CVaR by less.
+    Exact while the run kept enough worst paths; else the bins of the fine histogram as weighted points (mean loss of
+    the bin, exact sums), which moves VaR by less than 0.1 % and CVaR by less.
     """
     worst = partial.tails[horizon]
     n = float(partial.n_used)
@@ -43,6 +42,7 @@ def tail_sample(partial: Any, horizon: int, level: float) -> TailSample:
 
 
 def _from_histogram(losses: LogHistogram, row: int, n: float) -> TailSample:
+    assert losses.sums is not None  # the fine histograms always carry them
     counts = losses.counts[row]
     used = np.flatnonzero(counts)[::-1]
     weight = counts[used].astype(np.float64)
@@ -90,7 +90,7 @@ def measures(run: Run) -> list[Measure]:
     drawdown = moments.mean(partial.total("drawdown"), partial.total("drawdown_square"), n)
     add("expected_max_drawdown", drawdown, OF_PEAK, end)
     drawdowns = _from_histogram(partial.losses, len(run.horizons), n)
-    for level in DRAWDOWN_LEVELS:
+    for level in (0.5, *run.levels):
         add("max_drawdown_quantile", tail.value_at_risk(drawdowns, level=level), OF_PEAK, end, level)
     if run.book.n_accounts:
         curve = liquidation_curve(partial)
@@ -104,8 +104,8 @@ def measures(run: Run) -> list[Measure]:
 
 
 def _time_to_liquidation(run: Run, account: int) -> Estimate:
-    # Mean of the liquidation day given liquidation within the horizon: a ratio of means, delta method with the increments
-    # of F as weights. The middle of each interval stands for the moment inside it.
+    # Mean of the liquidation day given liquidation within the horizon: a ratio of means, delta method with the
+    # increments of F as weights. The middle of each interval stands for the moment inside it.
     partial, n = run.partial, float(run.partial.n_used)
     step_days = run.plan.step_hours / 24.0
     dates = np.asarray(run.plan.dates) * step_days

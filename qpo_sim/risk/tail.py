@@ -1,15 +1,15 @@
 r"""Value at risk and conditional value at risk (expected shortfall) with standard errors.
 
-Losses are positive. VaR at level a is the smallest loss x with $P(L \le x) \ge a$ (the inverse distribution function, no
-interpolation); CVaR is $\mathrm{VaR}_a + E[(L-\mathrm{VaR}_a)^+]/(1-a)$, which splits an atom at VaR by the weight that
-falls beyond the level (Rockafellar & Uryasev 2002).
+Losses are positive. VaR at level a is the smallest loss x with $P(L \le x) \ge a$ (the inverse distribution function,
+no interpolation); CVaR is $\mathrm{VaR}_a + E[(L-\mathrm{VaR}_a)^+]/(1-a)$, which splits an atom at VaR by the weight
+that falls beyond the level (Rockafellar & Uryasev 2002).
 
-All functions take a `TailSample`: the worst part of a weighted sample whose total weight is known. A whole sample is the
-special case where nothing is left out, and the worst paths of a stream are another, so both use the same code. The
+All functions take a `TailSample`: the worst part of a weighted sample whose total weight is known. A whole sample is
+the special case where nothing is left out, and the worst paths of a stream are another, so both use the same code. The
 functions work on numpy arrays (float64, for reports) and on JAX arrays (differentiable) alike.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -27,9 +27,7 @@ class TailSample(NamedTuple):
     total_square: float
 
 
-def tail_sample(
-    loss: Float[Array, " paths"], weight: Float[Array, " paths"] | None = None, *, total: float | None = None
-) -> TailSample:
+def tail_sample(loss: Float[Array, " paths"], weight: Any = None, *, total: float | None = None) -> TailSample:
     """Sorts a sample.
 
     Args:
@@ -49,7 +47,8 @@ def _quantile(sample: TailSample, tail_weight: Array) -> Array:
     # Smallest loss x with weight(L > x) <= tail_weight: the largest index whose strictly worse weight is within it.
     xp = sample.loss.__array_namespace__()
     worse = xp.cumulative_sum(sample.weight) if hasattr(xp, "cumulative_sum") else xp.cumsum(sample.weight)
-    # Ties in float sums of equal weights must not move the index: half a smallest weight of slack is far above rounding.
+    # Ties in float sums of equal weights must not move the index: half a smallest weight of slack is far above
+    # rounding.
     index = xp.searchsorted(worse, tail_weight * (1.0 + 1e-12), side="right")
     return sample.loss[xp.clip(index, 0, sample.loss.shape[0] - 1)]
 
@@ -115,8 +114,8 @@ def component_cvar(
 ) -> tuple[Estimate, Array]:
     r"""Euler components of CVaR, $E[L_i \mid L \ge \mathrm{VaR}]$; they sum to CVaR when the losses sum to L.
 
-    Standard error from the influence function $(L_i - m_i)\,1\{L \ge q\}/(1-a)$ with $m_i = E[L_i \mid L = q]$ estimated
-    from the paths around VaR (Tasche 1999; Hong & Liu 2009).
+    Standard error from the influence function $(L_i - m_i)\,1\{L \ge q\}/(1-a)$ with $m_i = E[L_i \mid L = q]$
+    estimated from the paths around VaR (Tasche 1999; Hong & Liu 2009).
 
     Args:
       sample: losses in decreasing order.

@@ -1,7 +1,8 @@
 """Health-factor lending (Aave v3): when a loan may be liquidated, how much, and what it costs the borrower.
 
-Health factor = sum(collateral value x liquidation threshold) / debt value; below 1 anyone may repay part of the debt and
-take collateral worth the repayment plus a bonus. Source: aave-v3-origin, GenericLogic and LiquidationLogic (v3.3 on).
+Health factor = sum(collateral value x liquidation threshold) / debt value; below 1 anyone may repay part of the debt
+and take collateral worth the repayment plus a bonus. Source: aave-v3-origin, GenericLogic and LiquidationLogic (from
+v3.3 on).
 """
 
 from collections.abc import Mapping
@@ -32,9 +33,15 @@ def health_factor(weighted_collateral: Array, debt: Array) -> Array:
 
 
 def liquidate(
-    collateral: Array, debt: Array, health: Array, *, bonus: Array, close_factor: Array, full_close_health: Array,
-    small_position: Array
-) -> LoanLiquidation:  # fmt: skip
+    collateral: Array,
+    debt: Array,
+    health: Array,
+    *,
+    bonus: Array,
+    close_factor: Array,
+    full_close_health: Array,
+    small_position: Array,
+) -> LoanLiquidation:
     """One liquidation call that repays as much as the rules allow.
 
     Half of the debt (`close_factor`) while the health factor exceeds `full_close_health` (0.95) and both sides are at
@@ -97,8 +104,8 @@ class HealthFactor:
             threshold = self.value("liquidation_threshold", asset)
             if not (value >= 0.0 and threshold * (1.0 + value) < 1.0):
                 raise InputError(
-                    f"venue {self.name}: liquidation_bonus.{asset} is {value}; it must be >= 0 and threshold x (1 + bonus) "
-                    f"below 1 (threshold {threshold}), else a liquidation at health factor 1 cannot be covered."
+                    f"venue {self.name}: liquidation_bonus.{asset} is {value}; it must be >= 0 and threshold x (1 + "
+                    f"bonus) below 1 (threshold {threshold}), else a liquidation at health factor 1 cannot be covered."
                 )
         if not 0.0 < self.close_factor <= 1.0:
             raise InputError(f"venue {self.name}: close_factor is {self.close_factor}, it must lie in (0, 1].")

@@ -75,9 +75,14 @@ def maintenance_margin(schedule: TierSchedule, notional: Array) -> Array:
 
 
 def liquidation_price(
-    schedule: TierSchedule, *, quantity: float, entry: float, margin: float, other_maintenance: float = 0.0,
-    other_profit: float = 0.0
-) -> float | None:  # fmt: skip
+    schedule: TierSchedule,
+    *,
+    quantity: float,
+    entry: float,
+    margin: float,
+    other_maintenance: float = 0.0,
+    other_profit: float = 0.0,
+) -> float | None:
     """Price at which a linear position is liquidated, the others of its account held fixed; None if there is none.
 
     The root of margin + quantity (P - entry) + other_profit = MM(|quantity| P) + other_maintenance. Maintenance is

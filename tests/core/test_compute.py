@@ -68,13 +68,22 @@ def _assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def big_run():
-    return run(_market(), _book(), n_paths=70_001, n_steps=3, chunk_size=1024, devices=1, levels=(0.95, 0.99), horizons=(1,))
+    return run(
+        _market(), _book(), n_paths=70_001, n_steps=3, chunk_size=1024, devices=1, levels=(0.95, 0.99), horizons=(1,)
+    )
 
 
 @pytest.mark.parametrize(("chunk_size", "devices"), [(256, 1), (4096, 2), (1024, 2)])
 def test_run_does_not_depend_on_chunks_or_devices(big_run, chunk_size, devices):
     other = run(
-        _market(), _book(), n_paths=70_001, n_steps=3, chunk_size=chunk_size, devices=devices, levels=(0.95, 0.99), horizons=(1,)
+        _market(),
+        _book(),
+        n_paths=70_001,
+        n_steps=3,
+        chunk_size=chunk_size,
+        devices=devices,
+        levels=(0.95, 0.99),
+        horizons=(1,),
     )
     assert other.engine.mesh.devices.size == devices
     _assert_same(big_run.partial, other.partial)
@@ -201,13 +210,20 @@ def test_exact_sums_against_fsum(batch, small_blocks):
 
     p = _part(batch, 0, 1000)
     returns = (batch["equity"] - np.float32(1.0))[-1][batch["is_finite"]].astype(np.float64)
-    for name, values in (("r1", returns), ("r2", returns**2), ("r4", returns**4), ("d3", returns * np.minimum(returns, 0) ** 2)):
+    for name, values in (
+        ("r1", returns),
+        ("r2", returns**2),
+        ("r4", returns**4),
+        ("d3", returns * np.minimum(returns, 0) ** 2),
+    ):
         assert p.total(name)[-1] == pytest.approx(math.fsum(values), rel=1e-14)
 
 
 @pytest.mark.parametrize("bits", [10, 16, 18])
 def test_histogram_bins_are_ordered_and_as_wide_as_stated(bits):
-    x = np.concatenate([[-0.0, 0.0], np.geomspace(1e-6, 10.0, 5000), -np.geomspace(1e-6, 10.0, 5000)]).astype(np.float32)
+    x = np.concatenate([[-0.0, 0.0], np.geomspace(1e-6, 10.0, 5000), -np.geomspace(1e-6, 10.0, 5000)]).astype(
+        np.float32
+    )
     h = histogram.histogram(np.sort(x)[None], bits, with_sums=True)
     assert h.bits == bits and h.counts.sum() == x.size
     used = np.flatnonzero(h.counts[0])
@@ -291,7 +307,10 @@ def test_a_book_without_margin_accounts_runs():
     result = run(market, spot_book(market), n_paths=1000, n_steps=4, levels=(0.95,)).partial
     assert result.n_used == 1000
     assert result.total("r1")[-1] == pytest.approx(
-        float(np.sum(np.asarray(simulate_paths(market, spot_book(market), 1000, Plan(4)).equity[-1], np.float64) - 1.0)), abs=1e-3
+        float(
+            np.sum(np.asarray(simulate_paths(market, spot_book(market), 1000, Plan(4)).equity[-1], np.float64) - 1.0)
+        ),
+        abs=1e-3,
     )
 
 

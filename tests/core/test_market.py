@@ -59,7 +59,11 @@ def test_regime_switching_lognormal(cases):
     transition = [[1 - p["p12"], p["p12"]], [p["p21"], 1 - p["p21"]]]
     pi = case["expected"]["stationary_p1"]
     market = single_market(
-        drift=[p["m1"], p["m2"]], volatility=[p["s1"], p["s2"]], transition=transition, initial=[pi, 1.0 - pi], step_hours=730.0
+        drift=[p["m1"], p["m2"]],
+        volatility=[p["s1"], p["s2"]],
+        transition=transition,
+        initial=[pi, 1.0 - pi],
+        step_hours=730.0,
     )
     np.testing.assert_allclose(regime.stationary(market.transition)[0], pi, rtol=1e-12)
     paths = prices(market, N, 120, dates=(12, 60, 120))[:, 0]
@@ -215,7 +219,13 @@ def test_risk_neutral_prices_are_martingales():
     for choice, factor in (("historical", 1.0), ("shrunk", 0.25)):
         market = regime_student_t(fit, drift=choice, shrinkage=0.75, dtype=F64)
         np.testing.assert_allclose(market.drift, factor * fit.mean, rtol=1e-12)
-    covariance = np.einsum("ka,kab,kcb,kc->kac", market.volatility, market.correlation_cholesky, market.correlation_cholesky, market.volatility)
+    covariance = np.einsum(
+        "ka,kab,kcb,kc->kac",
+        market.volatility,
+        market.correlation_cholesky,
+        market.correlation_cholesky,
+        market.volatility,
+    )
     np.testing.assert_allclose(covariance, fit.scale * (fit.dof / (fit.dof - 2.0))[:, None, None], rtol=1e-12)
 
 
@@ -280,7 +290,9 @@ def test_regime_is_held_within_a_base_step():
 
 
 def test_absorbing_regime_from_a_degenerate_start():
-    market = single_market(drift=[0.0, 0.01], volatility=[1e-4] * 2, transition=[[0.0, 1.0], [0.0, 1.0]], initial=[1.0, 0.0])
+    market = single_market(
+        drift=[0.0, 0.01], volatility=[1e-4] * 2, transition=[[0.0, 1.0], [0.0, 1.0]], initial=[1.0, 0.0]
+    )
     s = prices(market, 256, 2)[:, 0]
     np.testing.assert_allclose(np.log(s[1]), 0.02, atol=1e-3)
 
@@ -311,7 +323,9 @@ def test_many_assets_take_the_matrix_form():
     # The first two rows of a lower factor are the two-asset market on the same draws.
     small = gbm(names[:2], volatility[:2], rho[:2, :2], dtype=F64, drift="historical")
     alone = dataclasses.replace(book, spot=jnp.asarray([1.0, 0.0]))
-    np.testing.assert_allclose(simulate_paths(market, alone, 1 << 14, plan).equity[0], prices(small, 1 << 14, 1)[0, 1], rtol=1e-12)
+    np.testing.assert_allclose(
+        simulate_paths(market, alone, 1 << 14, plan).equity[0], prices(small, 1 << 14, 1)[0, 1], rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,9 @@ def test_matvec_forms_agree_on_the_same_input(monkeypatch):
 
 def test_bridge_crossing_cases(cases):
     for row in cases("models")["B04"]["expected"]:
-        p = bridge_crossing(jnp.asarray(row["x0"] - row["b"]), jnp.asarray(row["x1"] - row["b"]), row["sigma"] ** 2 * row["dt"])
+        p = bridge_crossing(
+            jnp.asarray(row["x0"] - row["b"]), jnp.asarray(row["x1"] - row["b"]), row["sigma"] ** 2 * row["dt"]
+        )
         assert abs(float(p) - row["p"]) < 1e-14
 
 
@@ -125,10 +127,14 @@ def test_bridge_crossing_integrates_to_the_one_step_probability(cases):
 
 @pytest.mark.parametrize(("x0", "x1"), [(-0.1, 0.2), (0.1, -0.2), (0.0, 0.1), (0.1, 0.0), (-0.1, -0.1)])
 def test_bridge_crossing_is_certain_beyond_the_barrier_with_zero_gradient(x0, x1):
-    value, gradient = jax.value_and_grad(bridge_crossing, argnums=(0, 1, 2))(jnp.asarray(x0), jnp.asarray(x1), jnp.asarray(0.01))
+    value, gradient = jax.value_and_grad(bridge_crossing, argnums=(0, 1, 2))(
+        jnp.asarray(x0), jnp.asarray(x1), jnp.asarray(0.01)
+    )
     assert value == 1.0 and gradient == (0.0, 0.0, 0.0)
 
 
 def test_bridge_crossing_survives_zero_variance():
-    value, gradient = jax.value_and_grad(bridge_crossing, argnums=(0, 1, 2))(jnp.asarray(0.1), jnp.asarray(0.2), jnp.asarray(0.0))
+    value, gradient = jax.value_and_grad(bridge_crossing, argnums=(0, 1, 2))(
+        jnp.asarray(0.1), jnp.asarray(0.2), jnp.asarray(0.0)
+    )
     assert value == 0.0 and np.all(np.isfinite(gradient))

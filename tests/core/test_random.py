@@ -46,7 +46,12 @@ def test_uniform_stays_inside_the_open_interval_and_is_centred_in_its_cell():
 
 def test_uniform_is_uniform():
     # Kolmogorov-Smirnov at 1e-5 each, four addresses: false alarm 4e-5.
-    for stream, step, slot in ((Stream.REGIME, 0, 0), (Stream.SHOCK, 29, 4), (Stream.LIQUIDATION, 719, 1), (Stream.START, 0, 0)):
+    for stream, step, slot in (
+        (Stream.REGIME, 0, 0),
+        (Stream.SHOCK, 29, 4),
+        (Stream.LIQUIDATION, 719, 1),
+        (Stream.START, 0, 0),
+    ):
         u = np.asarray(random.uniform(jnp.asarray(_draws(3, stream, np.arange(N), step, slot)[0])), np.float64)
         assert stats.kstest(u, "uniform").pvalue > 1e-5
 

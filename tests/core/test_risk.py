@@ -83,7 +83,9 @@ def slices():
             part = jax.tree.map(lambda x, k=k: x[..., k * SIZE : (k + 1) * SIZE], arrays)
             patch.setattr(partial, "FINE_BITS", 14)
             p = partial.partial_of(part, 0, horizons=(11,), keep=partial.tail_size(SIZE, 0.95))
-            fields = dict(market=market, book=book, plan=plan, seed=1, n_paths=SIZE, levels=(0.95,), horizons=(12,), partial=p)
+            fields = dict(
+                market=market, book=book, plan=plan, seed=1, n_paths=SIZE, levels=(0.95,), horizons=(12,), partial=p
+            )
             fields |= {"engine": None} if "engine" in Run.__dataclass_fields__ else {}
             runs.append(Run(**fields))
     return runs
@@ -134,7 +136,9 @@ def test_drawdown_of_daily_gbm(cases):
     for drift in (0.0, 0.2):
         market = gbm(("X",), [0.8], drift="historical", mean_per_year=drift, dtype=F64)
         plan = Plan(365, dates=(365,), attribution=False)
-        depth = -np.log1p(-np.asarray(simulate_paths(market, spot_book(market), n, plan, seed=int(10 * drift)).max_drawdown))
+        depth = -np.log1p(
+            -np.asarray(simulate_paths(market, spot_book(market), n, plan, seed=int(10 * drift)).max_drawdown)
+        )
         for h, p in expected[f"m={drift}"].items():
             assert_frequency(np.count_nonzero(depth > float(h)), n, p)
         if drift == 0.0:

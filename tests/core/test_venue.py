@@ -41,7 +41,9 @@ def test_isolated_liquidation_price(cases, name):
     mm = float(maintenance_margin(schedule, quantity * price))
     assert p["margin"] + quantity * (price - p["entry"]) == pytest.approx(mm, rel=1e-9)
     if "bankruptcy_price" in expected:
-        assert bankruptcy_price(quantity=quantity, entry=p["entry"], margin=p["margin"]) == pytest.approx(expected["bankruptcy_price"])
+        assert bankruptcy_price(quantity=quantity, entry=p["entry"], margin=p["margin"]) == pytest.approx(
+            expected["bankruptcy_price"]
+        )
         assert mm == pytest.approx(expected["maintenance_at_liq"], rel=1e-9)
 
 
@@ -50,7 +52,9 @@ def test_hyperliquid_tiers(cases):
     schedule = tier_schedule([[t["lower"], 0.5 / t["max_leverage"]] for t in case["inputs"]["tiers"]])
     np.testing.assert_allclose(schedule.rate, case["expected"]["mmr"])
     np.testing.assert_allclose(schedule.deduction, case["expected"]["deduction"], rtol=1e-9)
-    assert float(maintenance_margin(schedule, case["inputs"]["notional"])) == pytest.approx(case["expected"]["maintenance"])
+    assert float(maintenance_margin(schedule, case["inputs"]["notional"])) == pytest.approx(
+        case["expected"]["maintenance"]
+    )
 
 
 def test_bybit_deductions(cases):
@@ -59,7 +63,9 @@ def test_bybit_deductions(cases):
     floors = [0.0, *(t["upper"] for t in tiers[:-1])]
     schedule = tier_schedule([[f, t["mmr"], t["max_leverage"]] for f, t in zip(floors, tiers, strict=True)])
     np.testing.assert_allclose(schedule.deduction, case["expected"]["deduction"], rtol=1e-9, atol=1e-6)
-    np.testing.assert_allclose(maintenance_margin(schedule, np.array(case["inputs"]["notional"])), case["expected"]["maintenance"], rtol=1e-9)
+    np.testing.assert_allclose(
+        maintenance_margin(schedule, np.array(case["inputs"]["notional"])), case["expected"]["maintenance"], rtol=1e-9
+    )
 
 
 def test_no_liquidation_price_without_leverage():
@@ -68,13 +74,13 @@ def test_no_liquidation_price_without_leverage():
     assert liquidation_price(schedule, quantity=-1.0, entry=100.0, margin=150.0) == pytest.approx(250.0 / 1.01)
 
 
-TABLES = st.lists(
-    st.tuples(st.floats(1e3, 1e6), st.floats(1e-3, 0.05)), min_size=1, max_size=6
-).map(
+TABLES = st.lists(st.tuples(st.floats(1e3, 1e6), st.floats(1e-3, 0.05)), min_size=1, max_size=6).map(
     lambda rows: [
         [float(f), float(r)]
         for f, r in zip(
-            np.concatenate([[0.0], np.cumsum([row[0] for row in rows])[:-1]]), np.cumsum([row[1] for row in rows]), strict=True
+            np.concatenate([[0.0], np.cumsum([row[0] for row in rows])[:-1]]),
+            np.cumsum([row[1] for row in rows]),
+            strict=True,
         )
     ]
 )
@@ -94,7 +100,9 @@ def test_maintenance_margin_is_continuous_convex_and_the_integral_of_the_rate(ta
         assert mm[1] <= (1.0 - share) * mm[0] + share * mm[2] + 1e-6
     # tax brackets: the integral of the marginal rate
     edges = [*schedule.floor, np.inf]
-    brackets = sum(r * max(min(c, hi) - lo, 0.0) for r, lo, hi in zip(schedule.rate, edges[:-1], edges[1:], strict=True))
+    brackets = sum(
+        r * max(min(c, hi) - lo, 0.0) for r, lo, hi in zip(schedule.rate, edges[:-1], edges[1:], strict=True)
+    )
     assert mm[2] == pytest.approx(brackets, rel=1e-9, abs=1e-6)
     assert float(maintenance_margin(schedule, -c)) == mm[2]
 
@@ -107,7 +115,9 @@ def test_liquidation_price_is_the_root_of_its_definition(table, share, side, not
     price = liquidation_price(schedule, quantity=side * notional, entry=1.0, margin=margin)
     equity = lambda p: margin + side * notional * (p - 1.0)  # noqa: E731
     assert price is not None
-    assert equity(price) == pytest.approx(float(maintenance_margin(schedule, notional * price)), rel=1e-7, abs=1e-7 * notional)
+    assert equity(price) == pytest.approx(
+        float(maintenance_margin(schedule, notional * price)), rel=1e-7, abs=1e-7 * notional
+    )
 
 
 def test_active_tier_on_arrays_and_its_zero_gradient():
@@ -153,9 +163,18 @@ def test_health_factor_case(cases):
     from qpo_sim.instrument import loan as loans
 
     one = jnp.asarray(1.0)
-    loan = loans.Loan(jnp.asarray(value), jnp.asarray(threshold), jnp.zeros(2), jnp.asarray(p["debt_usd"]), jnp.zeros(0), *[one * 0.5] * 4)
+    loan = loans.Loan(
+        jnp.asarray(value),
+        jnp.asarray(threshold),
+        jnp.zeros(2),
+        jnp.asarray(p["debt_usd"]),
+        jnp.zeros(0),
+        *[one * 0.5] * 4,
+    )
     shape = loans.LoanShape("loan", (0, 1), (), "aave_v3")
-    assert float(loans.distance(loan, shape, one, (one, one)).x) == pytest.approx(np.log(expected["health_factor"]), rel=1e-9)
+    assert float(loans.distance(loan, shape, one, (one, one)).x) == pytest.approx(
+        np.log(expected["health_factor"]), rel=1e-9
+    )
     assert float(loans.distance(loan, shape, one, (one * eth / 3000.0, one)).x) == pytest.approx(0.0, abs=1e-9)
     assert 1.0 - np.exp(-np.log(hf)) == pytest.approx(expected["joint_drop"], rel=1e-9)
 
@@ -181,7 +200,13 @@ def test_liquidation_with_exhausted_collateral(cases, xp):
      (2_500.0, 1_900.0, 0.99, 1.0), (1_999.0, 1_500.0, 0.99, 1.0), (2_600.0, 2_000.0, 0.99, 0.5)],
 )  # fmt: skip
 def test_close_factor_rule(collateral, debt, health, share):
-    result = liquidate(*map(np.float64, (collateral, debt, health)), bonus=0.05, close_factor=0.5, full_close_health=0.95, small_position=2000.0)
+    result = liquidate(
+        *map(np.float64, (collateral, debt, health)),
+        bonus=0.05,
+        close_factor=0.5,
+        full_close_health=0.95,
+        small_position=2000.0,
+    )
     assert result.repaid == pytest.approx(share * debt)
     assert result.seized == pytest.approx(share * debt * 1.05)
     assert result.bad_debt == 0.0
@@ -191,7 +216,13 @@ def test_close_factor_rule(collateral, debt, health, share):
 @given(st.floats(100.0, 1e6), st.floats(0.3, 1.5), st.floats(0.5, 1.0), st.floats(0.0, 0.15))
 def test_liquidation_never_takes_more_than_there_is(collateral, leverage, health, bonus):
     debt = leverage * collateral
-    r = liquidate(*map(np.float64, (collateral, debt, health)), bonus=bonus, close_factor=0.5, full_close_health=0.95, small_position=2000.0)
+    r = liquidate(
+        *map(np.float64, (collateral, debt, health)),
+        bonus=bonus,
+        close_factor=0.5,
+        full_close_health=0.95,
+        small_position=2000.0,
+    )
     assert 0.0 <= r.seized <= collateral * (1 + 1e-12) and r.repaid >= 0.0 and r.bad_debt >= -1e-9 * debt
     assert r.repaid + r.bad_debt <= debt * (1.0 + 1e-12)
     assert r.seized == pytest.approx(r.repaid * (1.0 + bonus), rel=1e-9)
@@ -210,7 +241,9 @@ def test_liquidation_never_takes_more_than_there_is(collateral, leverage, health
     ],
 )
 def test_broken_lending_venues_are_refused(change, words):
-    values = dict(liquidation_threshold={"default": 0.8}, liquidation_bonus={"default": 0.05}, ltv={"default": 0.7}, name="pool")
+    values = dict(
+        liquidation_threshold={"default": 0.8}, liquidation_bonus={"default": 0.05}, ltv={"default": 0.7}, name="pool"
+    )
     HealthFactor(**values)
     with pytest.raises(InputError, match=words):
         HealthFactor(**{**values, **change})
@@ -222,8 +255,18 @@ def test_broken_lending_venues_are_refused(change, words):
         (dict(kind="tierd_margin", tiers={}), "kind is 'tierd_margin'"),
         (dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, fee=1), "unknown key 'fee'"),
         (dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, liquidation_fee_rate=1.5), "liquidation_fee_rate"),
-        (dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, funding={"rate_per_8h": 0.0001, "interval_hours": 0}), "funding_interval_hours"),
-        (dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, funding={"interval_hours": 8}), "rate_per_8h is missing"),
+        (
+            dict(
+                kind="tiered_margin",
+                tiers={"default": [[0, 0.01]]},
+                funding={"rate_per_8h": 0.0001, "interval_hours": 0},
+            ),
+            "funding_interval_hours",
+        ),
+        (
+            dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, funding={"interval_hours": 8}),
+            "rate_per_8h is missing",
+        ),
     ],
 )
 def test_bad_venue_configurations_are_refused(config, words):

@@ -26,7 +26,16 @@ def lending(**options) -> HealthFactor:
 
 
 def single_market(
-    *, drift=0.0, volatility=0.03, dof=None, transition=None, initial=None, step_hours=24.0, dtype=F64, cut=None, assets=("X",)
+    *,
+    drift=0.0,
+    volatility=0.03,
+    dof=None,
+    transition=None,
+    initial=None,
+    step_hours=24.0,
+    dtype=F64,
+    cut=None,
+    assets=("X",),
 ) -> Market:
     """One asset; drift, volatility and dof per regime and base step."""
     drift, volatility = np.atleast_1d(drift).astype(float), np.atleast_1d(volatility).astype(float)
@@ -72,7 +81,11 @@ def touch_book(market: Market, barrier: float, *, asset: str | None = None, rate
     side = 1.0 if barrier < 1.0 else -1.0
     margin = side * (1.0 - barrier) + rate * barrier
     account = dict(
-        name="touch", venue=tiered(rate, **costs), mode="isolated", margin=margin, positions={asset or market.assets[0]: side}
+        name="touch",
+        venue=tiered(rate, **costs),
+        mode="isolated",
+        margin=margin,
+        positions={asset or market.assets[0]: side},
     )
     # margin above the capital of 1 would overspend: scale the whole account
     scale = min(1.0, 1.0 / margin)

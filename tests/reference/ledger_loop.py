@@ -38,7 +38,9 @@ class LoanAccount:
 class Story:
     equity: list = field(default_factory=list)
     hit_probability: list = field(default_factory=list)
-    accounts: dict = field(default_factory=lambda: dict(price=0.0, funding=0.0, interest=0.0, fees=0.0, liquidation=0.0))
+    accounts: dict = field(
+        default_factory=lambda: dict(price=0.0, funding=0.0, interest=0.0, fees=0.0, liquidation=0.0)
+    )
     components: np.ndarray | None = None
     liquidated: bool = False
     start_equity: float = 0.0
@@ -197,7 +199,9 @@ def loan_path(account, collateral_prices, debt_prices, covariance, uniforms, *, 
         story.components = story.components + moves
         story.accounts["price"] += float(moves.sum())
         held, owed = held_after, owed_after
-        story.equity.append(held * float(account.collateral @ pc) - owed * g1 * (account.debt_cash + float(account.debt @ pd)))
+        story.equity.append(
+            held * float(account.collateral @ pc) - owed * g1 * (account.debt_cash + float(account.debt @ pd))
+        )
         story.hit_probability.append(1.0 - survival)
         first_x = x
     return story
