@@ -55,6 +55,28 @@ def project_gross(
     return jnp.where(jnp.sum(jnp.abs(shrunk(0.0))) <= gross, shrunk(0.0), shrunk(tau))
 
 
+def tangent_budget(
+    gradient: Float[Array, " n"], point: Float[Array, " n"], *, lower: Float[Array, " n"], upper: Float[Array, " n"]
+) -> Float[Array, " n"]:
+    """Gradient without the part that only the budget answers to: its mean over the weights strictly inside their bounds.
+
+    Adam gives every coordinate a step of about the same length, so where all derivatives have one sign the projection
+    would take the whole step back.
+    """
+    inside = (point > lower) & (point < upper)
+    inside = jnp.where(jnp.any(inside), inside, True)
+    return gradient - jnp.sum(jnp.where(inside, gradient, 0.0)) / jnp.sum(inside)
+
+
+def tangent_gross(gradient: Float[Array, " n"], point: Float[Array, " n"], *, gross: Array) -> Float[Array, " n"]:
+    """Gradient without the part that only an active gross cap answers to, for the same reason as `tangent_budget`."""
+    side = jnp.sign(point)
+    count = jnp.maximum(jnp.sum(jnp.abs(side)), 1.0)
+    outward = jnp.minimum(jnp.sum(side * gradient) / count, 0.0)
+    is_active = jnp.sum(jnp.abs(point)) >= gross * (1.0 - 1e-6)
+    return gradient - jnp.where(is_active, outward, 0.0) * side
+
+
 def check_budget(budget: float, lower: Array, upper: Array, *, name: str = "weights") -> None:
     """Raises InputError unless some point meets the budget within the bounds."""
     if bool(jnp.any(lower > upper)):

@@ -292,6 +292,16 @@ def _project_problem(weights: Weights, problem: Problem) -> Weights:
     return project(weights, problem.bounds)
 
 
+def _tangent_problem(gradient: Weights, weights: Weights, problem: Problem) -> Weights:
+    spot, perpetual = gradient
+    bounds = problem.bounds
+    if spot.shape[0]:
+        spot = constraints.tangent_budget(spot, weights.spot, lower=bounds.lower.spot, upper=bounds.upper.spot)
+    if perpetual.shape[0]:
+        perpetual = constraints.tangent_gross(perpetual, weights.perpetual, gross=bounds.gross)
+    return Weights(spot, perpetual)
+
+
 # The market's paths do not depend on the weights: up to this many bytes they are made once and every gradient step sees
 # them; beyond it each step makes them again.
 RECORD_BYTES = 1 << 29
@@ -306,7 +316,15 @@ def descend(
         record = record_market(problem.market, problem.prepared, problem.keys, problem.path, score.plan)
         problem = problem._replace(record=record)
     start = project(start, problem.bounds)
-    return solve.minimize(score, start, problem, project=_project_problem, optimizer=optimizer, n_steps=n_iterations)
+    return solve.minimize(
+        score,
+        start,
+        problem,
+        project=_project_problem,
+        tangent=_tangent_problem,
+        optimizer=optimizer,
+        n_steps=n_iterations,
+    )
 
 
 def optimize_weights(

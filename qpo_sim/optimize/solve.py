@@ -26,7 +26,7 @@ def adam(learning_rate: float, n_steps: int) -> optax.GradientTransformation:
     return optax.adam(schedule, b1=0.9, b2=0.99)
 
 
-@partial(jax.jit, static_argnames=("objective", "project", "optimizer", "n_steps"))
+@partial(jax.jit, static_argnames=("objective", "project", "tangent", "optimizer", "n_steps"))
 def minimize(
     objective: Callable[[Any, Any], Array],
     start: Any,
@@ -35,6 +35,7 @@ def minimize(
     project: Callable[[Any, Any], Any],
     optimizer: optax.GradientTransformation,
     n_steps: int,
+    tangent: Callable[[Any, Any, Any], Any] = lambda gradient, point, data: gradient,
 ) -> Solution:
     """Minimises `objective(point, data)` over the set onto which `project(point, data)` projects.
 
@@ -48,6 +49,7 @@ def minimize(
       project: projection onto the feasible set.
       optimizer: optax transformation.
       n_steps: gradient steps.
+      tangent: `tangent(gradient, point, data)` takes from the gradient what the constraints answer to.
     """
     value_and_grad = jax.value_and_grad(objective)
 
@@ -56,7 +58,7 @@ def minimize(
         value, gradient = value_and_grad(point, data)
         is_better = value < best_value
         best = jax.tree.map(lambda new, old: jnp.where(is_better, new, old), point, best)
-        updates, state = optimizer.update(gradient, state, point)
+        updates, state = optimizer.update(tangent(gradient, point, data), state, point)
         point = project(optax.apply_updates(point, updates), data)
         return (point, state, best, jnp.minimum(value, best_value)), value
 

@@ -59,6 +59,9 @@ def judge(
         and (level is None or np.isclose(row.level, level))
         and account in ("", row.account)
     ]
+    if not chosen and measure == "liquidation_probability" and not account:
+        # A book without accounts cannot be liquidated.
+        return Verdict(name, measure, limit, 0.0, 0.0, OK)
     if not chosen:
         raise ValueError(
             f"limit {name}: the run has no {measure} at level {level}, account {account!r}, {horizon:g} days."

@@ -240,7 +240,7 @@ def test_histogram_bins_are_ordered_and_as_wide_as_stated(bits):
 
 
 def test_single_precision_against_double_on_the_same_draws():
-    # The bits are the same, so paths can be compared one by one. Prices carry the rounding of 20 additions of log-returns
+    # The bits are the same, so paths can be compared one by one. Prices carry the rounding of 20 added log-returns
     # and of exp; a liquidation flips only where the drawn uniform falls within that error of the crossing probability.
     n, plan = 1 << 13, Plan(20, attribution=False)
     single, double = (simulate_paths(_market(d), _book(d), n, plan, seed=7) for d in (F32, F64))
@@ -339,7 +339,7 @@ def test_a_run_in_which_every_path_is_broken_says_so():
 
 
 def test_a_finite_path_has_finite_numbers_everywhere():
-    # A short that was closed long ago, then a price that overflows: the equity is finite, the rest must be or be flagged.
+    # A short closed long ago, then a price that overflows: the equity is finite, the rest must be or be flagged.
     market = single_market(volatility=40.0, dtype=F32)
     outcome = simulate_paths(market, touch_book(market, 1.5), 2000, Plan(6))
     finite = np.asarray(outcome.is_finite)

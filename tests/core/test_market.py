@@ -180,7 +180,7 @@ def test_correlation_is_recovered_per_regime():
 
 
 def test_one_mixing_variable_is_shared_by_all_assets():
-    # Squares of independent-z assets are correlated under a common scale, uncorrelated without: dependence in the tails.
+    # Squares of uncorrelated assets are correlated under a common scale, not without: dependence in the tails.
     market = dataclasses.replace(
         _two_regime_market(), transition=jnp.eye(2), initial=jnp.asarray([1.0, 0.0]), dof=jnp.asarray([3.0, 3.0]),
         correlation_cholesky=jnp.broadcast_to(jnp.eye(3), (2, 3, 3)),

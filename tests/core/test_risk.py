@@ -142,7 +142,7 @@ def test_drawdown_of_daily_gbm(cases):
         for h, p in expected[f"m={drift}"].items():
             assert_frequency(np.count_nonzero(depth > float(h)), n, p)
         if drift == 0.0:
-            # Continuous expectation from above, less the known shortfall of daily observation (to first order) from below.
+            # Continuous expectation less the known shortfall of daily observation, to first order.
             continuous = cases("models")["B11"]["expected"]["zero_drift"] * 0.8
             shortfall, error = 2 * 0.5826 * 0.8 / np.sqrt(365.0), depth.std() / np.sqrt(n)
             assert continuous - 1.15 * shortfall - 4 * error < depth.mean() < continuous - 0.85 * shortfall + 4 * error

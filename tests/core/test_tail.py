@@ -164,7 +164,7 @@ def test_gradient_of_shortfall_on_scenarios(cases):
     value, gradient = jax.value_and_grad(partial(risk, conditional_value_at_risk))(weights)
     assert float(value) == pytest.approx(case["expected"]["cvar"], abs=1e-12)
     np.testing.assert_allclose(gradient, case["expected"]["grad_cvar"], atol=1e-12)
-    # The case takes the 50th worst; the inverse distribution function at 0.95 takes the 51st: same estimator, next path.
+    # The case takes the 50th worst; the inverse distribution function at 0.95 takes the 51st: the next path.
     loss = -np.asarray(returns @ weights)
     worst = np.argsort(-loss, kind="stable")
     assert loss[worst[49]] == pytest.approx(case["expected"]["var_50th_worst"], abs=1e-12)
@@ -175,7 +175,7 @@ def test_gradient_of_shortfall_on_scenarios(cases):
 
 @pytest.mark.parametrize("level", [0.951, 0.95])
 def test_gradient_of_shortfall_is_the_directional_derivative(level):
-    # Half a path lies at the edge of the tail (49.5 and 50.5 of 1000). CVaR is piecewise linear, so differences are exact.
+    # Half a path lies at the edge of the tail (49.5 or 50.5 of 1000). CVaR is piecewise linear: differences are exact.
     rng = np.random.default_rng(8)
     returns = jnp.asarray(rng.standard_t(4, (1000, 2)))
 
@@ -185,6 +185,13 @@ def test_gradient_of_shortfall_is_the_directional_derivative(level):
     w, h = jnp.asarray([0.7, 0.3]), 1e-7
     numeric = [(risk(w + h * e) - risk(w - h * e)) / (2 * h) for e in jnp.eye(2)]
     np.testing.assert_allclose(jax.grad(risk)(w), numeric, rtol=1e-6)
+
+
+def test_gradient_of_shortfall_sees_an_atom_at_value_at_risk():
+    # Accounts liquidated at the same price lose the same: 4 of 20 losses tie where the worst 2 are asked for.
+    atom = jnp.asarray([1.0] * 4 + [0.1] * 16)
+    slope = jax.grad(lambda w: conditional_value_at_risk(tail_sample(w * atom), level=0.9).value)(0.5)
+    assert float(slope) == pytest.approx(1.0)
 
 
 @settings(max_examples=50, deadline=None)

@@ -186,8 +186,9 @@ def test_liquidation_with_exhausted_collateral(cases, xp):
     collateral, debt = p["collateral"] * p["price"], p["debt"]
     hf = collateral * p["lt"] / debt
     assert hf == pytest.approx(expected["health_factor"])
-    result = liquidate(*(xp.asarray(float(v)) for v in (collateral, debt, hf)), bonus=p["bonus"] - 1.0, close_factor=0.5,
-                       full_close_health=0.95, small_position=2000.0)  # fmt: skip
+    values = (xp.asarray(float(v)) for v in (collateral, debt, hf))
+    rule = dict(close_factor=0.5, full_close_health=0.95, small_position=2000.0)
+    result = liquidate(*values, bonus=p["bonus"] - 1.0, **rule)
     assert float(result.repaid) == pytest.approx(expected["debt_repaid"], rel=1e-9)
     assert float(result.bad_debt) == pytest.approx(expected["bad_debt"], rel=1e-9)
     assert float(result.seized) == pytest.approx(collateral, rel=1e-12)

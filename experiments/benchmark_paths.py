@@ -1,0 +1,485 @@
+r"""How fast qpo_sim makes paths, next to NumPy and numba on the same workload in one interleaved run.
+
+Workload W1, 365 steps of 10 assets: three Markov regimes with cumulative rows c, drift $\mu_k$ and factor
+$C_k = \mathrm{diag}(\sigma_k)\,\mathrm{chol}(\rho_k)$; per step and path one mixing draw
+$g \sim \chi^2_{\nu_k}/\nu_k$ shared by all assets, so that $\log P$ grows by $\mu_k + \sqrt{(\nu_k-2)/(\nu_k g)}\,C_k z$.
+One cross-margined account with a wallet of 1 holds positions of notional $\ell w_i$: equity
+$E = 1 - \ell + \ell \sum_i w_i P_i$, frozen (and not below 0) from the first step with $E \le m\,\ell \sum_i w_i P_i$;
+the running peak and the largest drawdown are kept.
+
+A second table times the shipped leveraged book (bridge monitoring, attribution) through the whole streaming run.
+
+Every implementation draws fresh paths in every repetition. Compile time and peak memory are measured in a process of
+their own each. Baselines other than NumPy come from a folder with `baselines.py` (option --baselines), whose `IMPL`
+maps names to functions (workload, model, n_paths, n_steps, seed) -> (profit, is_liquidated, max_drawdown).
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = {"numpy": "NumPy (reference)", "numba": "numba (reference)", "numba_expert": "numba SIMD (reference)"}
+OURS, NUMPY, BOOK = "qpo_sim", "NumPy", "book"
+LEVELS = (0.95, 0.99)
+# Pairs of estimates differ by more than this many standard errors once in 16 000.
+MAX_DEVIATION = 4.0
+N_STEPS, N_ASSETS, N_PATHS = 365, 10, 16_384
+
+Implementation = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is simulated; the book table is left out with `book_paths` = 0."""
+
+    paths: int
+    steps: int
+    book_paths: int
+    book_steps: int
+    devices: int
+
+
+# ----------------------------------------------------------------------------- the workload
+
+
+def workload(n_assets: int = N_ASSETS, seed: int = 7) -> dict[str, Any]:
+    """Parameters of W1 by the names that the reference baselines read (see the module)."""
+    rng = np.random.default_rng(seed)
+    per_year = 0.5 + 0.6 * rng.random(n_assets)
+    volatility = np.outer([0.6, 1.0, 2.0], per_year / np.sqrt(365.0))
+    mu = (np.array([[0.45], [0.05], [-1.2]]) - 0.5 * per_year**2) / 365.0
+    factor = []
+    for k, rho in enumerate((0.35, 0.55, 0.85)):
+        correlation = (1.0 - rho) * np.eye(n_assets) + rho
+        factor.append(volatility[k][:, None] * np.linalg.cholesky(correlation))
+    transition = np.array([[0.985, 0.013, 0.002], [0.020, 0.970, 0.010], [0.010, 0.060, 0.930]])
+    weight = rng.random(n_assets) + 0.5
+    return {
+        "A": n_assets, "mu": mu, "nu": np.array([6.3, 4.7, 3.4]), "C": np.stack(factor), "P": transition,
+        "cum": np.cumsum(transition, axis=1)[:, :2], "w": weight / weight.sum(), "lev": 1.5, "mm": 0.10, "s0": 1,
+    }  # fmt: skip
+
+
+def numpy_paths(
+    model: dict[str, Any], n_paths: int, n_steps: int, seed: int, chunk: int = 4096
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Profit, liquidation and largest drawdown in vectorised NumPy, float32, in chunks that stay in the cache."""
+    single = np.float32
+    n_assets, dof, start = model["A"], model["nu"], model["s0"]
+    factor = np.concatenate(list(model["C"]), axis=1).astype(single)
+    drift, cuts, weight = model["mu"].astype(single), model["cum"].astype(single), model["w"].astype(single)
+    leverage, rate = single(model["lev"]), single(model["mm"])
+    # The fastest generator numpy has.
+    rng = np.random.Generator(np.random.SFC64(seed))
+    finished = []
+    for first in range(0, n_paths, chunk):
+        n = min(chunk, n_paths - first)
+        log_price, by_regime = np.zeros((n_assets, n), single), np.empty((3 * n_assets, n), single)
+        regime = np.full(n, start)
+        equity, peak, drawdown, alive = np.ones(n, single), np.ones(n, single), np.zeros(n, single), np.ones(n, bool)
+        for _ in range(n_steps):
+            u = rng.random(n, dtype=single)
+            regime = (u > cuts[regime, 0]).astype(np.intp) + (u > cuts[regime, 1])
+            z = rng.standard_normal((n_assets, n), dtype=single)
+            chi2 = 2.0 * rng.standard_gamma(0.5 * dof[regime])
+            z *= np.sqrt((dof[regime] - 2.0) / chi2).astype(single)
+            # One product with the three factors side by side, each fed only the paths in its regime.
+            for k in range(3):
+                np.multiply(z, regime == k, out=by_regime[k * n_assets : (k + 1) * n_assets])
+            log_price += factor @ by_regime
+            log_price += drift[regime].T
+            value = leverage * (weight @ np.exp(log_price))
+            now = 1 - leverage + value
+            equity = np.where(alive, now, equity)
+            np.maximum(peak, equity, out=peak)
+            np.maximum(drawdown, 1 - equity / peak, out=drawdown)
+            alive &= now > rate * value
+        finished.append((equity - 1, ~alive, drawdown))
+    profit, liquidated, drawdown = (np.concatenate(part) for part in zip(*finished, strict=True))
+    return profit, liquidated, drawdown
+
+
+# ----------------------------------------------------------------------------- implementations
+
+
+def start_jax(devices: int) -> None:
+    """One host device per core, which JAX takes only before it is imported; no cache, so that compiling is timed."""
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={devices} "
+        + os.environ.get("XLA_FLAGS", "")
+    ).strip()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+def market_of(model: dict[str, Any], assets: tuple[str, ...]) -> Any:
+    """The workload's market, with the mixing scale left uncut as the baselines leave it."""
+    import jax.numpy as jnp
+
+    from qpo_sim.market.model import Market
+
+    volatility = np.sqrt(np.einsum("kij,kij->ki", model["C"], model["C"]))
+    parts = (
+        np.eye(3)[model["s0"]],
+        model["P"],
+        model["mu"],
+        volatility,
+        model["C"] / volatility[:, :, None],
+        model["nu"],
+    )
+    return Market(*(jnp.asarray(part, jnp.float32) for part in parts), assets=assets, mixing_cut=0.0)
+
+
+def qpo_sim_paths(model: dict[str, Any], sizes: Sizes) -> tuple[Implementation, float]:
+    """The compiled batch of qpo_sim and the seconds it took to compile."""
+    import jax
+
+    from qpo_sim.book import build_book
+    from qpo_sim.compute.run import build_engine
+    from qpo_sim.simulate import Plan
+    from qpo_sim.venue import TieredMargin
+
+    assets = tuple(f"A{i}" for i in range(model["A"]))
+    market = market_of(model, assets)
+    account = {
+        "name": "account",
+        "venue": TieredMargin(tiers={"default": [[0, model["mm"], 150]]}),
+        "mode": "cross",
+        "margin": 1.0,
+        "positions": dict(zip(assets, (model["lev"] * model["w"]).tolist(), strict=True)),
+    }
+    book = build_book(assets, perpetuals=[account])
+    plan = Plan(sizes.steps, monitoring="step", attribution=False, dates=(sizes.steps,))
+    engine = build_engine(market, book, plan, n_paths=sizes.paths, devices=sizes.devices)
+
+    def batch(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        parts = []
+        for first in range(0, sizes.paths, engine.size):
+            out = jax.block_until_ready(engine.batch(book, seed * sizes.paths + first))
+            parts.append((out["equity"][-1], out["is_liquidated"][0], out["max_drawdown"]))
+        equity, liquidated, drawdown = (
+            np.concatenate([np.asarray(x) for x in part])[: sizes.paths] for part in zip(*parts, strict=True)
+        )
+        return equity - 1, liquidated, drawdown
+
+    return batch, engine.compile_seconds
+
+
+def implementation(name: str, model: dict[str, Any], sizes: Sizes, reference: Any) -> tuple[Implementation, float]:
+    """An implementation ready to be timed, and the seconds that compiling it took."""
+    if name == OURS:
+        return qpo_sim_paths(model, sizes)
+    if name == NUMPY:
+        return lambda seed: numpy_paths(model, sizes.paths, sizes.steps, seed), 0.0
+    run = reference.IMPL[name]
+
+    def paths(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return run("W1", model, sizes.paths, sizes.steps, seed)
+
+    if name == "numpy":
+        return paths, 0.0
+    # The first call compiles; two steps of work beside it do not count.
+    clock = time.perf_counter()
+    run("W1", model, 256, 2, 0)
+    return paths, time.perf_counter() - clock
+
+
+def load_reference(folder: Path) -> tuple[Any, list[str], str]:
+    """The module of reference baselines, the names usable here, and what is missing in words."""
+    if not (folder / "baselines.py").is_file():
+        return None, [], f"no baselines.py in {folder}: NumPy is the only baseline."
+    # In place of this script's own folder, where numba would take a file for the package `coverage`.
+    sys.path[0] = str(folder)
+    names, missing = list(REFERENCE), ""
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
+        names, missing = ["numpy"], f"numba cannot be imported ({error}): its baselines are left out."
+    try:
+        return importlib.import_module("baselines"), names, missing
+    except ImportError as error:
+        return None, [], f"{folder / 'baselines.py'} cannot be imported ({error}): NumPy is the only baseline."
+
+
+# ----------------------------------------------------------------------------- measuring
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far, in MiB (nan where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def interleaved(
+    functions: dict[str, Implementation], repetitions: int
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, list[Any]]]:
+    """(wall, process CPU) seconds and results of each repetition; all implementations take turns, after one warm-up."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    results: dict[str, list[Any]] = {name: [] for name in functions}
+    for repetition in range(repetitions + 1):
+        for name, function in functions.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            result = function(repetition)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if repetition:
+                times[name].append((wall, cpu))
+            results[name].append(result)
+    return times, results
+
+
+def in_own_process(name: str, sizes: Sizes, folder: Path) -> dict[str, float]:
+    """What `measure_alone` says in a fresh process."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--alone", name, "--baselines", str(folder)]
+    for option, value in vars(sizes).items():
+        command += [f"--{option.replace('_', '-')}", str(value)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the measurement of {name} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_alone(name: str, sizes: Sizes, folder: Path) -> dict[str, float]:
+    """Compile seconds and peak memory of one implementation, or the timings of the book's run."""
+    if name in (OURS, BOOK):
+        start_jax(sizes.devices)
+    if name == BOOK:
+        return run_book(sizes)
+    reference = load_reference(folder)[0] if name in REFERENCE else None
+    function, compile_seconds = implementation(name, workload(), sizes, reference)
+    before = peak_mib()
+    function(0)
+    return {"compile": compile_seconds, "peak": peak_mib(), "grown": peak_mib() - before}
+
+
+def run_book(sizes: Sizes) -> dict[str, float]:
+    """Times the shipped leveraged book on the workload's market through the whole streaming run."""
+    import yaml
+
+    from qpo_sim.book import build_book
+    from qpo_sim.compute.run import run
+    from qpo_sim.config.compose import conf_folder
+    from qpo_sim.risk import summary
+
+    described = yaml.safe_load((conf_folder() / "book" / "leveraged_mixed.yaml").read_text())
+    held = [described["spot"], *(p["positions"] for p in described["perpetuals"])]
+    held += [{a: v for a, v in side.items() if a != "USD"} for x in described["loans"] for side in (x["collateral"], x["debt"])]
+    assets = tuple(sorted({asset for positions in held for asset in positions}))
+    market = market_of(workload(len(assets)), assets)
+    before = peak_mib()
+    cpu, wall = time.process_time(), time.perf_counter()
+    done = run(
+        market, build_book(assets, **described), n_paths=sizes.book_paths, n_steps=sizes.book_steps, devices=sizes.devices
+    )
+    measures = summary.measures(done)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    var = next(m for m in measures if m.measure == "value_at_risk" and m.level == 0.99)
+    return {
+        **done.timings, "wall": wall, "cpu": cpu, "assets": len(assets), "before": before, "peak": peak_mib(),
+        "var": var.value, "var_error": var.std_error,
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- statistics
+
+
+def statistics_of(results: list[Any]) -> dict[str, tuple[float, float]]:
+    """Value and standard error of each measure over all repetitions."""
+    from qpo_sim.risk import moments, tail
+
+    profit = np.concatenate([np.asarray(r[0], np.float64) for r in results])
+    liquidated = np.concatenate([np.asarray(r[1]) for r in results])
+    # A margin account cannot lose more than it holds; the reference baselines do not cap it.
+    sample = tail.tail_sample(-np.maximum(profit, -1.0))
+    rows = {f"VaR{100 * level:g}": tail.value_at_risk(sample, level=level) for level in LEVELS}
+    rows["liquidated"] = moments.probability(liquidated.sum(), float(liquidated.size))
+    return {name: (float(e.value), float(e.std_error)) for name, e in rows.items()}
+
+
+def deviation(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Difference of two independent estimates in standard errors."""
+    error = math.hypot(a[1], b[1])
+    return (a[0] - b[0]) / error if error > 0.0 else 0.0 if a[0] == b[0] else math.inf
+
+
+# ----------------------------------------------------------------------------- tables
+
+
+def row(*cells: str) -> str:
+    """A Markdown row."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table, first column left, the others right."""
+    return "\n".join([row(*header), row("---", *["---:"] * (len(header) - 1)), *(row(*cells) for cells in rows)])
+
+
+def label(name: str) -> str:
+    """Name of an implementation in the tables."""
+    return REFERENCE.get(name, name)
+
+
+def speed_table(times: dict[str, list[tuple[float, float]]], alone: dict[str, dict[str, float]], work: float) -> str:
+    """Cost per path-step-asset, throughput, compile time and memory by implementation."""
+    ours = min(cpu for _, cpu in times[OURS]) / work
+    rows = []
+    for name, pairs in times.items():
+        wall, cpu = (sorted(1e9 * seconds / work for seconds in column) for column in zip(*pairs, strict=True))
+        rows.append(
+            (
+                label(name),
+                f"{1e3 / wall[0]:.1f}",
+                f"{statistics.median(cpu):.2f}",
+                f"{cpu[0]:.2f}",
+                f"{statistics.median(wall):.2f}",
+                f"{wall[0]:.2f}",
+                f"{1e-9 * cpu[0] / ours:.2f}",
+                f"{alone[name]['compile']:.1f}",
+                f"{alone[name]['peak']:.0f}",
+                f"{alone[name]['grown']:.0f}",
+            )
+        )
+    return table(
+        (
+            "implementation", "million path-steps x assets per s (best wall)", "CPU ns median", "CPU ns min",
+            "wall ns median", "wall ns min", "CPU min / qpo_sim", "compile s", "peak MiB", "of it the paths",
+        ),
+        rows,
+    )  # fmt: skip
+
+
+def agreement_table(results: dict[str, list[Any]]) -> tuple[str, float]:
+    """Statistics of each implementation with their deviation from qpo_sim, and the largest deviation."""
+    found = {name: statistics_of(r) for name, r in results.items()}
+    rows, largest = [], 0.0
+    for name, measures in found.items():
+        cells = []
+        for measure, estimate in measures.items():
+            z = deviation(estimate, found[OURS][measure])
+            largest = max(largest, abs(z))
+            cells.append(f"{estimate[0]:.4f} ± {estimate[1]:.4f}" + ("" if name == OURS else f" ({z:+.1f})"))
+        rows.append((label(name), *cells))
+    return table(("implementation", *found[OURS]), rows), largest
+
+
+def book_table(book: dict[str, float], sizes: Sizes) -> str:
+    """The book's run: time, throughput, memory."""
+    work = sizes.book_paths * sizes.book_steps * book["assets"]
+    return table(
+        (
+            "paths x steps x assets", "wall s", "of it compiling", "simulating", "reducing (overlapped)", "CPU s",
+            "paths per s", "CPU ns per path-step-asset", "peak MiB", "before the run", "VaR99",
+        ),
+        [
+            (
+                f"{sizes.book_paths} x {sizes.book_steps} x {book['assets']:.0f}",
+                f"{book['wall']:.1f}",
+                f"{book['compile']:.1f}",
+                f"{book['simulate']:.1f}",
+                f"{book['reduce']:.1f}",
+                f"{book['cpu']:.1f}",
+                f"{sizes.book_paths / book['simulate']:.0f}",
+                f"{1e9 * book['cpu'] / work:.1f}",
+                f"{book['peak']:.0f}",
+                f"{book['before']:.0f}",
+                f"{book['var']:.5f} ± {book['var_error']:.5f}",
+            )
+        ],
+    )  # fmt: skip
+
+
+def load_text() -> str:
+    """The machine's load over the last minute, where the system tells."""
+    return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def n_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line; `--quick` shrinks what was not given."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--baselines", type=Path, default=ROOT.parent / "shared" / "bench" / "perf",
+                        help="folder with baselines.py (default: ../shared/bench/perf beside the project)")  # fmt: skip
+    parser.add_argument("--repetitions", type=int, help="timed repetitions of each implementation (default 5)")
+    parser.add_argument("--paths", type=int, help=f"paths of W1 per repetition (default {N_PATHS})")
+    parser.add_argument("--steps", type=int, help=f"steps of W1 (default {N_STEPS})")
+    parser.add_argument("--book-paths", type=int, help="paths of the leveraged book, 0 to leave it out (default 10^6)")
+    parser.add_argument("--book-steps", type=int, help="steps of the leveraged book (default 30)")
+    parser.add_argument("--devices", type=int, default=n_cores(), help="host devices (default: one per core)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, times nothing")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    usual = {"repetitions": 5, "paths": N_PATHS, "steps": N_STEPS, "book_paths": 1_000_000, "book_steps": 30}
+    tiny = {"repetitions": 2, "paths": 1024, "steps": 8, "book_paths": 2048, "book_steps": 3}
+    for name, value in (tiny if options.quick else usual).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+        elif getattr(options, name) < (name != "book_paths"):
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
+    if options.paths % 256:
+        parser.error(f"--paths is {options.paths}; it must be a multiple of 256")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the tables; 1 when the implementations disagree."""
+    options = parse(arguments)
+    sizes = Sizes(options.paths, options.steps, options.book_paths, options.book_steps, options.devices)
+    if options.alone:
+        print(json.dumps(measure_alone(options.alone, sizes, options.baselines)))
+        return 0
+    load = load_text()
+    start_jax(sizes.devices)
+    model = workload()
+    reference, names, missing = load_reference(options.baselines)
+    if missing:
+        print(f"{missing}\n")
+    order = [OURS, NUMPY, *names]
+    functions = {name: implementation(name, model, sizes, reference)[0] for name in order}
+    times, results = interleaved(functions, options.repetitions)
+    alone = {name: in_own_process(name, sizes, options.baselines) for name in order}
+
+    work = float(sizes.paths * sizes.steps * model["A"])
+    print(
+        f"W1: {sizes.paths} paths x {sizes.steps} steps x {model['A']} assets, {options.repetitions} interleaved "
+        f"repetitions, {sizes.devices} device(s), {n_cores()} core(s), load before the run {load}. CPU time counts every "
+        f"thread; ns are per path-step-asset.\n"
+    )
+    print(speed_table(times, alone, work))
+    text, largest = agreement_table(results)
+    print("\nStatistics over all repetitions ± standard error (difference to qpo_sim in standard errors):\n")
+    print(text)
+    if sizes.book_paths:
+        print("\nShipped leveraged book on the W1 market, bridge monitoring with attribution, through the whole run:\n")
+        print(book_table(in_own_process(BOOK, sizes, options.baselines), sizes))
+    if largest > MAX_DEVIATION:
+        print(f"\nThe implementations disagree: {largest:.1f} standard errors.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
