@@ -1,11 +1,10 @@
 r"""How fast qpo_sim makes paths, next to NumPy and numba on the same workload in one interleaved run.
 
-Workload W1, 365 steps of 10 assets: three Markov regimes with cumulative rows c, drift $\mu_k$ and factor
-$C_k = \mathrm{diag}(\sigma_k)\,\mathrm{chol}(\rho_k)$; per step and path one mixing draw
-$g \sim \chi^2_{\nu_k}/\nu_k$ shared by all assets, so that $\log P$ grows by $\mu_k + \sqrt{(\nu_k-2)/(\nu_k g)}\,C_k z$.
-One cross-margined account with a wallet of 1 holds positions of notional $\ell w_i$: equity
-$E = 1 - \ell + \ell \sum_i w_i P_i$, frozen (and not below 0) from the first step with $E \le m\,\ell \sum_i w_i P_i$;
-the running peak and the largest drawdown are kept.
+Workload W1, 365 steps of 10 assets: three Markov regimes with drift $\mu_k$ and factor
+$C_k = \mathrm{diag}(\sigma_k)\,\mathrm{chol}(\rho_k)$; per step and path one mixing draw $g \sim \chi^2_{\nu_k}$ shared
+by all assets, so that $\log P$ grows by $\mu_k + \sqrt{(\nu_k-2)/g}\,C_k z$. One cross-margined account with a wallet
+of 1 holds positions of notional $\ell w_i$: equity $E = 1 - \ell + \ell \sum_i w_i P_i$, frozen (and not below 0) from
+the first step with $E \le m\,\ell \sum_i w_i P_i$; the running peak and the largest drawdown are kept.
 
 A second table times the shipped leveraged book (bridge monitoring, attribution) through the whole streaming run.
 
@@ -222,12 +221,16 @@ def load_reference(folder: Path) -> tuple[Any, list[str], str]:
 
 def peak_mib() -> float:
     """Largest resident memory of this process so far, in MiB (nan where the system does not tell)."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: a process started by another inherits that one's peak.
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return float(peak.split()[1]) / 2**10
     try:
         import resource
     except ImportError:
         return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
 
 
 def interleaved(
@@ -282,14 +285,13 @@ def run_book(sizes: Sizes) -> dict[str, float]:
 
     described = yaml.safe_load((conf_folder() / "book" / "leveraged_mixed.yaml").read_text())
     held = [described["spot"], *(p["positions"] for p in described["perpetuals"])]
-    held += [{a: v for a, v in side.items() if a != "USD"} for x in described["loans"] for side in (x["collateral"], x["debt"])]
-    assets = tuple(sorted({asset for positions in held for asset in positions}))
+    held += [side for loan in described["loans"] for side in (loan["collateral"], loan["debt"])]
+    assets = tuple(sorted({asset for positions in held for asset in positions} - {"USD"}))
     market = market_of(workload(len(assets)), assets)
     before = peak_mib()
     cpu, wall = time.process_time(), time.perf_counter()
-    done = run(
-        market, build_book(assets, **described), n_paths=sizes.book_paths, n_steps=sizes.book_steps, devices=sizes.devices
-    )
+    book = build_book(assets, **described)
+    done = run(market, book, n_paths=sizes.book_paths, n_steps=sizes.book_steps, devices=sizes.devices)
     measures = summary.measures(done)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     var = next(m for m in measures if m.measure == "value_at_risk" and m.level == 0.99)
@@ -429,7 +431,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--book-paths", type=int, help="paths of the leveraged book, 0 to leave it out (default 10^6)")
     parser.add_argument("--book-steps", type=int, help="steps of the leveraged book (default 30)")
     parser.add_argument("--devices", type=int, default=n_cores(), help="host devices (default: one per core)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, times nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes in one process: shows that it runs")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     usual = {"repetitions": 5, "paths": N_PATHS, "steps": N_STEPS, "book_paths": 1_000_000, "book_steps": 30}
@@ -458,15 +460,19 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         print(f"{missing}\n")
     order = [OURS, NUMPY, *names]
-    functions = {name: implementation(name, model, sizes, reference)[0] for name in order}
-    times, results = interleaved(functions, options.repetitions)
-    alone = {name: in_own_process(name, sizes, options.baselines) for name in order}
+    ready = {name: implementation(name, model, sizes, reference) for name in order}
+    times, results = interleaved({name: function for name, (function, _) in ready.items()}, options.repetitions)
+    if options.quick:
+        unknown = float("nan")
+        alone = {name: {"compile": ready[name][1], "peak": unknown, "grown": unknown} for name in order}
+    else:
+        alone = {name: in_own_process(name, sizes, options.baselines) for name in order}
 
     work = float(sizes.paths * sizes.steps * model["A"])
     print(
         f"W1: {sizes.paths} paths x {sizes.steps} steps x {model['A']} assets, {options.repetitions} interleaved "
-        f"repetitions, {sizes.devices} device(s), {n_cores()} core(s), load before the run {load}. CPU time counts every "
-        f"thread; ns are per path-step-asset.\n"
+        f"repetitions, {sizes.devices} device(s), {n_cores()} core(s), load before the run {load}. CPU time counts "
+        f"every thread; ns are per path-step-asset.\n"
     )
     print(speed_table(times, alone, work))
     text, largest = agreement_table(results)
@@ -474,7 +480,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(text)
     if sizes.book_paths:
         print("\nShipped leveraged book on the W1 market, bridge monitoring with attribution, through the whole run:\n")
-        print(book_table(in_own_process(BOOK, sizes, options.baselines), sizes))
+        book = run_book(sizes) if options.quick else in_own_process(BOOK, sizes, options.baselines)
+        print(book_table(book, sizes))
     if largest > MAX_DEVIATION:
         print(f"\nThe implementations disagree: {largest:.1f} standard errors.", file=sys.stderr)
         return 1

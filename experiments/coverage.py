@@ -7,16 +7,16 @@ Every run goes the way a real one does: paths, partial result, estimate with sta
   the liquidation probability within T is that of its minimum (reflection principle, $b<0$ the log liquidation price),
   $\Phi\big(\frac{b-mT}{\sigma\sqrt T}\big) + e^{2mb/\sigma^2}\,\Phi\big(\frac{b+mT}{\sigma\sqrt T}\big)$;
   it is estimated twice, by survival weights and by counting drawn liquidations;
-* `student-t spot`, `student-t short`: one step of a Student-t market with the mixing scale cut as in the simulator. Given
-  the normal score the loss is lognormal; the score is integrated out by quadrature. The short has the heavy tail of
-  $e^X$ on its losing side.
+* `student-t spot`, `student-t short`: one step of a Student-t market with the mixing scale cut as in the simulator.
+  Given the normal score the loss is lognormal; the score is integrated out by quadrature. The short has the heavy tail
+  of $e^X$ on its losing side.
 
-A run's size is set by its tail. The error of VaR is read from order statistics and CVaR is a mean over a skewed tail, so
-both intervals need some hundred paths beyond the level: 24 576 paths leave 246 beyond 99 %. With 50 the intervals are
-visibly lopsided, and with thousands nothing is tested that larger runs need.
+A run's size is set by its tail. The error of VaR is read from order statistics and CVaR is a mean over a skewed tail,
+so both intervals need some hundred paths beyond the level: 24 576 paths leave 246 beyond 99 %. With 50 the intervals
+are visibly lopsided, and with thousands nothing is tested that larger runs need.
 
-Run k is made of the paths k n .. (k + 1) n - 1 of one seed. Draws are addressed by path, so the runs are independent and
-need one compilation in all.
+Run k is made of the paths k n .. (k + 1) n - 1 of one seed. Draws are addressed by path, so the runs are independent
+and need one compilation in all.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from qpo_sim.book.ledger import Book
 from qpo_sim.compute import partial as partials
 from qpo_sim.compute.partial import Partial
 from qpo_sim.compute.run import kept
-from qpo_sim.market import presets, shock
+from qpo_sim.market import presets
 from qpo_sim.market.model import Market
 from qpo_sim.risk import moments, summary
 from qpo_sim.simulate import Plan, simulate_paths
@@ -111,7 +111,7 @@ def lognormal_mixture_tail(
 
 
 def student_t_deviations(dof: float, cut: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of the mixing scale H of `qpo_sim.market.shock`: an atom at the cut, Gauss-Legendre above it."""
+    """Nodes and weights of the mixing scale H of `qpo_sim.market.shock`: an atom at the cut, the rest above it."""
     floor = stats.norm.ppf(cut)
     node, node_weight = np.polynomial.legendre.leggauss(400)
     half = (8.5 - floor) / 2.0
@@ -277,9 +277,7 @@ def main(arguments: list[str] | None = None) -> Any:
     if not (options.runs >= 2 and options.paths >= 1000 and options.runs * options.paths <= 2**32):
         parser.error("--runs must be at least 2, --paths at least 1000, and their product at most 2^32")
     rows = [
-        row
-        for case in cases()
-        for row in coverage(case, n_runs=options.runs, n_paths=options.paths, seed=options.seed)
+        row for case in cases() for row in coverage(case, n_runs=options.runs, n_paths=options.paths, seed=options.seed)
     ]
     print(f"{options.runs} runs of {options.paths} paths; one standard deviation of a coverage of 95 % is "
           f"{math.sqrt(0.95 * 0.05 / options.runs):.2%}.\n")  # fmt: skip

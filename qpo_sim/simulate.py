@@ -248,6 +248,8 @@ def simulate_prepared(
     is_finite = jnp.all(jnp.isfinite(seen.equity), axis=0) & jnp.isfinite(seen.drawdown)
     if book.n_accounts:
         is_finite = is_finite & jnp.all(jnp.isfinite(seen.hit_probability), axis=(0, 1))
+    if closing.components is not None:
+        is_finite = is_finite & jnp.all(jnp.isfinite(closing.components), axis=0)
     return Outcome(
         equity=seen.equity,
         max_drawdown=seen.drawdown,

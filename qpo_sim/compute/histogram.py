@@ -54,8 +54,9 @@ def histogram(value: Float[Array, "rows paths"], bits: int, *, with_sums: bool) 
     """Histogram of each row."""
     n_rows = value.shape[0]
     value = np.ascontiguousarray(value, np.float32)
-    key = _ordered(value) >> np.uint32(32 - bits)
-    key = (key.astype(np.int64) + (np.arange(n_rows, dtype=np.int64) << bits)[:, None]).ravel()
+    key = _bins(value, bits)
+    key += (np.arange(n_rows, dtype=np.int32) << bits)[:, None]
+    key = key.ravel()
     shape = (n_rows, 1 << bits)
     counts = np.bincount(key, minlength=n_rows << bits).reshape(shape)
     sums = None
@@ -64,10 +65,14 @@ def histogram(value: Float[Array, "rows paths"], bits: int, *, with_sums: bool) 
     return LogHistogram(counts, sums)
 
 
-def _ordered(value: np.ndarray) -> np.ndarray:
-    # Bits of a float32, changed so that unsigned order is numeric order. -0.0 first becomes 0.0.
-    word = (value + np.float32(0.0)).view(np.uint32)
-    return word ^ np.where(word >> np.uint32(31), np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
+def _bins(value: np.ndarray, bits: int) -> np.ndarray:
+    # The bits of a float32 order like its value once those of negative numbers are turned round; in place, because this
+    # runs over every date of every path. Adding 0.0 makes -0.0 the 0.0 it is equal to.
+    key = (value + np.float32(0.0)).view(np.int32)
+    key ^= (key >> np.int32(31)) & np.int32(0x7FFFFFFF)
+    key >>= np.int32(32 - bits)
+    key += np.int32(1 << (bits - 1))
+    return key
 
 
 def edges(bits: int, index: np.ndarray) -> np.ndarray:

@@ -183,9 +183,8 @@ def _exact_block_sums(value: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return total
 
 
-_to_exact = np.frompyfunc(
-    lambda x: int(np.ldexp(float(x), _SCALE)) if np.isfinite(np.ldexp(float(x), _SCALE)) else 0, 1, 1
-)
+# Raises for a sum that is not finite: only finite paths get here.
+_to_exact = np.frompyfunc(lambda x: int(math.ldexp(x, _SCALE)), 1, 1)
 
 
 def _from_exact(value: np.ndarray) -> np.ndarray:

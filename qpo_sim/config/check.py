@@ -179,7 +179,7 @@ def _positive(key: str, value: float, mend: str = "") -> None:
 
 def _level(key: str, value: float) -> None:
     if not 0.0 < value < 1.0:
-        near = value / 100.0 if 1.0 < value < 100.0 else 0.99
+        near = value / 100.0 if 50.0 <= value < 100.0 else 0.99
         raise InputError(f"{key}={value:g} must be a confidence level between 0 and 1, such as {near:g}")
 
 

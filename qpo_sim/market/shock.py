@@ -13,8 +13,6 @@ exists, and the one-step VaR 99.9 % moves by less than 2e-3 relative (tested for
 cut moves it less, but then the mean of a price hangs on ever fewer paths.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +29,7 @@ DEGREE = 12
 # and the matrix that takes values at the nodes to monomial coefficients in zeta / SCORE_RANGE.
 SCORE_RANGE = 5.6
 _N_NODES = 49
+_FAR_SCORE = 8.5
 _NODES = np.cos(np.pi * (np.arange(_N_NODES) + 0.5) / _N_NODES)
 
 
@@ -110,23 +109,25 @@ def mixing_scale(
     return jnp.exp(polynomial([select(masks, coefficient) for coefficient in coefficients], y))
 
 
-@partial(jax.jit, static_argnames="n_nodes")
+@jax.jit
 def log_mean_exp(
     variance: Float[Array, "regimes assets"],
     coefficients: Float[Array, "coefficients regimes"],
     floor: Float[Array, ""],
-    *,
-    n_nodes: int = 2048,
 ) -> Float[Array, "regimes assets"]:
     r"""$\log E[e^{\varepsilon}]$ of a cut Student-t shock with the given variance, per regime and asset.
 
-    $E[e^{\varepsilon}] = E_\zeta[\exp(\tfrac12 \sigma^2 H(\zeta)^2)]$, by the trapezoidal rule in the normal score
-    (exact to rounding for such smooth integrands). This is the drift correction that makes exp(return) a martingale.
+    $E[e^{\varepsilon}] = E_\zeta[\exp(\tfrac12 \sigma^2 H(\zeta)^2)]$: the mass below the cut, where H is constant,
+    plus Gauss-Legendre quadrature above it, where the integrand is smooth. This is the drift correction that makes
+    exp(return) a martingale.
     """
-    zeta = jnp.linspace(-8.5, 8.5, n_nodes, dtype=variance.dtype)
-    step = 17.0 / (n_nodes - 1)
-    weight = jnp.exp(-0.5 * zeta**2) * (step / np.sqrt(2.0 * np.pi))
-    y = jnp.clip(zeta, floor, SCORE_RANGE) / SCORE_RANGE
+    dtype = variance.dtype
+    nodes, weights = (jnp.asarray(x, dtype) for x in np.polynomial.legendre.leggauss(256))
+    half = (_FAR_SCORE - floor) / 2.0
+    zeta = jnp.append(floor + half * (nodes + 1.0), floor)
+    density = half * weights * jnp.exp(-0.5 * zeta[:-1] ** 2) / np.sqrt(2.0 * np.pi)
+    weight = jnp.append(density, jax.scipy.special.ndtr(floor))
+    y = jnp.minimum(zeta, SCORE_RANGE) / SCORE_RANGE
     log_scale = polynomial([c[:, None] for c in coefficients], y[None, :])
     exponent = 0.5 * variance[:, :, None] * jnp.exp(2.0 * log_scale)[:, None, :]
     return jax.scipy.special.logsumexp(exponent, b=weight, axis=-1)

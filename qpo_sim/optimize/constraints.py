@@ -58,7 +58,7 @@ def project_gross(
 def tangent_budget(
     gradient: Float[Array, " n"], point: Float[Array, " n"], *, lower: Float[Array, " n"], upper: Float[Array, " n"]
 ) -> Float[Array, " n"]:
-    """Gradient without the part that only the budget answers to: its mean over the weights strictly inside their bounds.
+    """Gradient without the part that only the budget answers to, its mean over the weights inside their bounds.
 
     Adam gives every coordinate a step of about the same length, so where all derivatives have one sign the projection
     would take the whole step back.

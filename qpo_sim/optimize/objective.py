@@ -20,13 +20,25 @@ def _mean(value: Array, weight: Array) -> Array:
 
 
 def cvar(loss: Float[Array, " n"], weight: Float[Array, " n"], *, level: float, risk_aversion: float = 0.0) -> Array:
-    """Conditional value at risk in the form of Rockafellar & Uryasev (2000), at its minimising threshold.
+    """Conditional value at risk: the weighted mean of the worst 1 - level, an atom at its edge counted in part.
 
-    The derivative in the threshold vanishes there, so the quantile needs no gradient.
+    The tail's edge and the share of an atom in it are held fixed: CVaR is stationary in both (Rockafellar & Uryasev
+    2002).
     """
-    total = lax.stop_gradient(jnp.sum(weight))
-    threshold = weighted_quantile(loss, weight, (1.0 - level) * total)
-    return threshold + jnp.sum(weight * jnp.where(loss > threshold, loss - threshold, 0.0)) / total / (1.0 - level)
+    fixed_weight = lax.stop_gradient(weight)
+    tail = (1.0 - level) * jnp.sum(fixed_weight)
+    edge = weighted_quantile(loss, weight, tail)
+    fixed_loss = lax.stop_gradient(loss)
+    excess = fixed_loss - edge
+    width = 1e-6 * (1.0 + jnp.abs(edge))
+    beyond = jnp.where(excess > width, fixed_weight, 0.0)
+    at_edge = jnp.where(jnp.abs(excess) <= width, fixed_weight, 0.0)
+    share = (tail - jnp.sum(beyond)) / jnp.maximum(jnp.sum(at_edge), 1e-12)
+    inside = beyond + jnp.clip(share, 0.0, 1.0) * at_edge
+    missing = tail - jnp.sum(inside)
+    return (
+        jnp.sum(inside * loss) + missing * edge + jnp.sum((weight - fixed_weight) * jnp.maximum(excess, 0.0))
+    ) / tail
 
 
 def mean_cvar(

@@ -37,7 +37,7 @@ def tail_sample(partial: Any, horizon: int, level: float) -> TailSample:
     needed = n * (1.0 - level) + 3.0 * np.sqrt(n * level * (1.0 - level)) + 1.0
     if worst.loss.size >= min(needed, n):
         loss = worst.loss.astype(np.float64)
-        return TailSample(loss, np.ones_like(loss), n, n)
+        return TailSample(loss, np.ones_like(loss), np.ones_like(loss), n, n)
     return _from_histogram(partial.losses, horizon, n)
 
 
@@ -46,7 +46,7 @@ def _from_histogram(losses: LogHistogram, row: int, n: float) -> TailSample:
     counts = losses.counts[row]
     used = np.flatnonzero(counts)[::-1]
     weight = counts[used].astype(np.float64)
-    return TailSample(losses.sums[row, used] / weight, weight, n, n)
+    return TailSample(losses.sums[row, used] / weight, weight, weight, n, n)
 
 
 def return_sums(partial: Any, horizon: int) -> ReturnSums:

@@ -19,10 +19,15 @@ from qpo_sim.types import Array, Estimate
 
 
 class TailSample(NamedTuple):
-    """Losses in decreasing order with their weights, and the total weight (and squared weight) of the whole sample."""
+    """Losses in decreasing order with their weights, and the total weight (and squared weight) of the whole sample.
+
+    `square` is the sum of the squared weights of the paths behind an entry: weight^2 for one path, the count for a
+    histogram bin of unit weights.
+    """
 
     loss: Float[Array, " tail"]
     weight: Float[Array, " tail"]
+    square: Float[Array, " tail"]
     total: float
     total_square: float
 
@@ -38,9 +43,12 @@ def tail_sample(loss: Float[Array, " paths"], weight: Any = None, *, total: floa
     xp = loss.__array_namespace__()
     order = xp.argsort(-loss, stable=True)
     weight = xp.ones_like(loss) if weight is None else weight
-    in_sample, square = xp.sum(weight), xp.sum(weight * weight)
-    whole = in_sample if total is None else total
-    return TailSample(loss[order], weight[order], whole, square if total is None else square + (whole - in_sample))
+    weight = weight[order]
+    square = weight * weight
+    in_sample, in_square = xp.sum(weight), xp.sum(square)
+    if total is None:
+        return TailSample(loss[order], weight, square, in_sample, in_square)
+    return TailSample(loss[order], weight, square, total, in_square + (total - in_sample))
 
 
 def _quantile(sample: TailSample, tail_weight: Array) -> Array:
@@ -91,22 +99,35 @@ def conditional_value_at_risk(sample: TailSample, *, level: float) -> Estimate:
       sample: see `tail_sample`; it must reach beyond the level.
       level: confidence, e.g. 0.99.
 
-    Pathwise gradient: yes (the derivative in VaR vanishes at VaR).
+    Pathwise gradient: loss and weight (the weights must keep their sum).
     """
     check_level(level)
     xp = sample.loss.__array_namespace__()
-    q = _quantile(sample, (1.0 - level) * sample.total)
-    if xp is not np:
-        from jax import lax
-
-        q = lax.stop_gradient(q)
-    # Not maximum(x, 0): its derivative at the tie, the path at VaR itself, is a half.
+    tail = (1.0 - level) * sample.total
+    # The quantile and the share of each path in the tail are held fixed: CVaR is stationary in both.
+    q, inside = _fixed(_quantile(sample, tail)), _fixed(_inside(sample, tail))
     excess = xp.where(sample.loss > q, sample.loss - q, 0.0)
+    value = (inside @ sample.loss + (sample.weight - _fixed(sample.weight)) @ _fixed(excess)) / tail
     mean = xp.sum(sample.weight * excess) / sample.total
     # Paths outside the tail have excess 0, so each of them adds mean^2 with its own weight squared.
-    square = xp.sum(sample.weight**2 * ((excess - mean) ** 2 - mean**2)) + sample.total_square * mean**2
+    square = xp.sum(sample.square * ((excess - mean) ** 2 - mean**2)) + sample.total_square * mean**2
     error = xp.sqrt(xp.maximum(square, 0.0)) / sample.total
-    return Estimate(q + mean / (1.0 - level), error / (1.0 - level))
+    return Estimate(value, error / (1.0 - level))
+
+
+def _inside(sample: TailSample, tail: Array) -> Array:
+    # Weight of each path that lies in the worst `tail` of the weight; the path at the edge counts in part.
+    xp = sample.loss.__array_namespace__()
+    before = xp.cumsum(sample.weight) - sample.weight
+    return xp.clip(tail - before, 0.0, sample.weight)
+
+
+def _fixed(x: Array) -> Array:
+    if isinstance(x, np.ndarray | np.generic):
+        return x
+    from jax import lax
+
+    return lax.stop_gradient(x)
 
 
 def component_cvar(
@@ -129,7 +150,7 @@ def component_cvar(
     xp = sample.loss.__array_namespace__()
     tail = (1.0 - level) * sample.total
     before = xp.cumsum(sample.weight) - sample.weight
-    inside = xp.clip(tail - before, 0.0, sample.weight)
+    inside = _inside(sample, tail)
     value = components @ inside / tail
     reach = xp.maximum(_spread(sample, level), 10.0 * sample.weight[0])
     near = sample.weight * ((before > tail - reach) & (before < tail + reach))
@@ -137,7 +158,7 @@ def component_cvar(
     share = inside / xp.where(sample.weight > 0.0, sample.weight, 1.0)
     influence = (components - at_quantile[:, None]) * share
     mean = influence @ sample.weight / sample.total
-    square = (influence - mean[:, None]) ** 2 @ sample.weight**2
-    rest = sample.total_square - xp.sum(sample.weight**2)
+    square = (influence - mean[:, None]) ** 2 @ sample.square
+    rest = sample.total_square - xp.sum(sample.square)
     error = xp.sqrt(square + rest * mean**2) / sample.total
     return Estimate(value, error / (1.0 - level)), at_quantile
