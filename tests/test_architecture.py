@@ -135,7 +135,9 @@ def test_hydra_stays_in_the_command_line(path):
         assert not outside(path) & {"hydra", "omegaconf"}
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if part_of(p) in ("app", "config", "errors", "__init__", "__main__")], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if part_of(p) in ("app", "config", "errors", "__init__", "__main__")], ids=name_of
+)
 def test_the_command_line_imports_nothing_heavy(path):
     heavy = {"jax", "jaxlib", "numpy", "pandas", "scipy", "optax", "matplotlib", "jaxtyping"}
     assert not outside(path, at_import=True) & heavy
@@ -174,13 +176,21 @@ def test_no_pickle_no_eval(path):
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             assert isinstance(node.value, ast.Constant) and node.value.value is False, f"{name_of(path)}:{node.lineno}"
         if isinstance(node, ast.Attribute):
-            assert node.attr not in ("unsafe_load", "full_load", "read_pickle", "to_pickle"), f"{name_of(path)}:{node.lineno}"
+            assert node.attr not in ("unsafe_load", "full_load", "read_pickle", "to_pickle"), (
+                f"{name_of(path)}:{node.lineno}"
+            )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_import_has_no_side_effects_on_jax_or_logging(path):
     """No flag, no device and no log handler is touched by importing a module."""
-    calls = ("jax.config.update", "logging.basicConfig", "warnings.filterwarnings", "warnings.simplefilter", "jax.devices")
+    calls = (
+        "jax.config.update",
+        "logging.basicConfig",
+        "warnings.filterwarnings",
+        "warnings.simplefilter",
+        "jax.devices",
+    )
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) or is_type_checking(node):
             continue

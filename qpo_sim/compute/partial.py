@@ -5,6 +5,7 @@ restarts may be combined in any order. Sums are made per fixed block of paths in
 2^-120, which is exact; histograms are exact by construction; the worst paths are ordered by (loss, path number).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

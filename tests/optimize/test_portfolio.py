@@ -281,7 +281,9 @@ def test_optimisations_that_cannot_be_are_refused(market, book, options, words):
 
 
 def test_book_without_weights_is_refused(market):
-    book = build_book(ASSETS, loans=[dict(name="l", venue=lending(), collateral={"A": 0.5}, debt={"USD": 0.2})], dtype=F64)
+    book = build_book(
+        ASSETS, loans=[dict(name="l", venue=lending(), collateral={"A": 0.5}, debt={"USD": 0.2})], dtype=F64
+    )
     with pytest.raises(InputError, match="no weights to choose"):
         optimize_weights(market, book, n_steps=2)
 

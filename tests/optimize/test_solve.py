@@ -11,7 +11,7 @@ from scipy import sparse, stats
 from scipy.optimize import linprog
 
 from qpo_sim.optimize import objective
-from qpo_sim.optimize.constraints import project_budget
+from qpo_sim.optimize.constraints import project_budget, tangent_budget
 from qpo_sim.optimize.solve import adam, minimize
 
 
@@ -30,6 +30,10 @@ def onto_simplex(weights, data):
     return project_budget(weights, budget=1.0, lower=jnp.zeros_like(weights), upper=jnp.full_like(weights, data[1]))
 
 
+def along_simplex(gradient, weights, data):
+    return tangent_budget(gradient, weights, lower=jnp.zeros_like(weights), upper=jnp.full_like(weights, data[1]))
+
+
 def solve(returns, level, cap=1.0, *, n_steps=400, learning_rate=0.05):
     n = returns.shape[1]
     return minimize(
@@ -37,6 +41,7 @@ def solve(returns, level, cap=1.0, *, n_steps=400, learning_rate=0.05):
         jnp.full(n, 1.0 / n, returns.dtype),
         (jnp.asarray(returns), cap),
         project=onto_simplex,
+        tangent=along_simplex,
         optimizer=adam(learning_rate, n_steps),
         n_steps=n_steps,
     )
@@ -155,7 +160,15 @@ def test_normal_minimum_cvar_on_a_line(cases):
 def test_common_part_of_the_gradient_does_not_stall_the_descent():
     """Moving money between assets is all that a budget allows, however large what their gradients have in common."""
     data = (jnp.asarray([1.0, 1.1, 1.2, 1.3]) + 5.0, 1.0)
-    found = minimize(_linear, jnp.full(4, 0.25), data, project=onto_simplex, optimizer=adam(0.05, 200), n_steps=200)
+    found = minimize(
+        _linear,
+        jnp.full(4, 0.25),
+        data,
+        project=onto_simplex,
+        tangent=along_simplex,
+        optimizer=adam(0.05, 200),
+        n_steps=200,
+    )
     np.testing.assert_allclose(found.point, [1.0, 0.0, 0.0, 0.0], atol=1e-3)
 
 
