@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Read when numpy is imported. Its products here are small: a second BLAS thread only spins while it waits, and on a busy
-# machine multiplies the CPU time of the NumPy baselines by seven.
+# Read when numpy is imported. The products here are small: a second BLAS thread only spins while it waits, and on a
+# busy machine multiplies the CPU time of the NumPy baselines by up to seven.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["VECLIB_MAXIMUM_THREADS"] = "1"
 
 import numpy as np

@@ -115,9 +115,8 @@ def test_misspelt_option_is_exit_code_2_and_nothing_else(place):
 
 
 def test_bad_file_is_exit_code_2_and_leaves_no_folder(place):
-    (place / "prices.csv").write_text(
-        "date,BTC,ETH\n" + "".join(f"2023-01-{d:02d},{100 + d},-1\n" for d in range(1, 29))
-    )
+    days = pd.date_range("2023-01-01", periods=40)
+    pd.DataFrame({"BTC": 100.0, "ETH": -1.0}, index=days).to_csv(place / "prices.csv", index_label="date")
     before = sorted(path.name for path in place.iterdir())
     done = qpo_sim(place, *SMALL, "data=file", "data.path=prices.csv")
     assert done.returncode == 2

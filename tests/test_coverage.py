@@ -82,8 +82,8 @@ def _check_jumps(rows):
 
 def test_intervals_cover_over_400_runs(experiment):
     # The share over 400 runs has a standard deviation of 1.1 %: an exact interval leaves 93..97 % on 6 % of all seeds,
-    # and one of seven does so on a third of them. So the seed is fixed, and chosen: seeds 0 and 1 have gbm spot VaR99 at
-    # 92.75 % and 97.25 %. What decides is the test of 4000 runs.
+    # and one of seven does so on a third of them. So the seed is fixed, and chosen: seeds 0 and 1 have VaR99 of the
+    # gbm spot at 92.75 % and 97.25 %. What decides is the test of 4000 runs.
     rows = [row for case in experiment.cases() for row in experiment.coverage(case, n_runs=400, seed=2)]
     assert len(rows) == 8
     _check(rows, exempt=(JUMPS,))

@@ -165,6 +165,11 @@ def bounds_of(
         raise InputError(
             "optimizer.lower is negative for a spot weight; spot is long-only, use a perpetual to be short."
         )
+    for name, value in zip(names[n_spot:], high[n_spot:], strict=True):
+        if value < 0.0:
+            raise InputError(
+                f"optimizer.upper is {value:g} for {name}; it bounds the absolute weight, so take 0 or more."
+            )
     dtype = book.spot.dtype
     budget = float(jnp.sum(start.spot))
     if n_spot:

@@ -60,7 +60,7 @@ def minimize(
         best = jax.tree.map(lambda new, old: jnp.where(is_better, new, old), point, best)
         updates, state = optimizer.update(tangent(gradient, point, data), state, point)
         point = project(optax.apply_updates(point, updates), data)
-        return (point, state, best, jnp.minimum(value, best_value)), value
+        return (point, state, best, jnp.where(is_better, value, best_value)), value
 
     start_value = jnp.asarray(jnp.inf, jax.tree.leaves(start)[0].dtype)
     carry = (start, optimizer.init(start), start, start_value)
