@@ -38,7 +38,7 @@ def polynomial(coefficients: Sequence[Array], x: Array) -> Array:
     return value
 
 
-def select(masks: Sequence[Array], table: Sequence[Array]) -> Array:
+def select(masks: Sequence[Array], table: Any) -> Array:
     """Entry of `table` for the state whose one-hot mask is set; state 0 is the one without a mask.
 
     A sum of masked differences instead of a gather: one multiply-add per further state and no memory indirection, which

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "coverage.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "interval_coverage.py"
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    # Under a name of its own: `coverage` is a package that other libraries look for.
     spec = importlib.util.spec_from_file_location("interval_coverage", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -61,10 +60,10 @@ def test_hitting_truth(experiment):
     assert np.mean(low < shifted) == pytest.approx(truth, abs=5.0 * np.sqrt(truth * (1.0 - truth) / n))
 
 
-def _check(rows, exempt=()):
+def _check(rows, *, low=0.93, high=0.97, exempt=()):
     for row in rows:
         if (row.case, row.measure) not in exempt:
-            assert 0.93 <= row.share <= 0.97, row
+            assert low <= row.share <= high, row
             assert row.error_ratio == pytest.approx(1.0, abs=0.15), row
 
 
@@ -81,12 +80,11 @@ def _check_jumps(rows):
 
 
 def test_intervals_cover_over_400_runs(experiment):
-    # The share over 400 runs has a standard deviation of 1.1 %: an exact interval leaves 93..97 % on 6 % of all seeds,
-    # and one of seven does so on a third of them. So the seed is fixed, and chosen: seeds 0 and 1 have VaR99 of the
-    # gbm spot at 92.75 % and 97.25 %. What decides is the test of 4000 runs.
-    rows = [row for case in experiment.cases() for row in experiment.coverage(case, n_runs=400, seed=2)]
+    # The share over 400 runs has a standard deviation of 1.1 %: even exact intervals leave 93..97 % on 6 % of all
+    # seeds, so here the band is four standard deviations (false alarm 6e-5 a row); the test of 4000 runs holds 93..97 %.
+    rows = [row for case in experiment.cases() for row in experiment.coverage(case, n_runs=400, seed=0)]
     assert len(rows) == 8
-    _check(rows, exempt=(JUMPS,))
+    _check(rows, low=0.95 - 4.0 * 0.0109, high=0.95 + 4.0 * 0.0109, exempt=(JUMPS,))
     _check_jumps(rows)
 
 

@@ -375,7 +375,8 @@ def optimize_weights(
       n_test_paths: fresh paths for the comparison.
       seed: 64-bit seed.
       devices: devices the paths are split over, all when omitted.
-      engine: compiled batch of a run of this market and shape of book, to be used again for the comparison.
+      engine: compiled batch of a run of this market and shape of book, to be used again for the comparison; its
+        devices are used then.
 
     Raises:
       InputError: an unknown objective, an impossible level, or constraints that no weights meet.
@@ -399,7 +400,7 @@ def optimize_weights(
     if start.spot.shape[0] + start.perpetual.shape[0] == 0:
         raise InputError("the book has neither spot nor perpetual positions, so there are no weights to choose.")
     bounds = bounds_of(book, lower=lower, upper=upper, gross_leverage=gross_leverage)
-    mesh = device_mesh(devices)
+    mesh = device_mesh(devices) if engine is None else engine.mesh
     prepared = jax.jit(partial(market_model.prepare, sub_steps=sub_steps))(market)
     keys = random.stream_keys(seed)
     n_paths = _per_device(n_paths, mesh.devices.size)
