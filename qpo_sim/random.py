@@ -87,6 +87,29 @@ def normal_score(word: UInt32[Array, "..."]) -> Float32[Array, "..."]:
     return np.float32(np.sqrt(2.0)) * lax.erf_inv(centred)
 
 
+def _log(x: Array) -> Array:
+    # Natural logarithm of a positive normal float32 to 1e-7: exponent split and the Cephes logf polynomial, without the
+    # branches for zero, infinity and NaN that a uniform on (0, 1) never needs.
+    bits_of = lax.bitcast_convert_type(x, jnp.int32)
+    exponent = (bits_of - np.int32(0x3F3504F3)) >> np.int32(23)
+    m = lax.bitcast_convert_type(bits_of - (exponent << np.int32(23)), jnp.float32) - np.float32(1.0)
+    value = np.float32(7.0376836292e-2)
+    for c in (
+        -1.1514610310e-1,
+        1.1676998740e-1,
+        -1.2420140846e-1,
+        1.4249322787e-1,
+        -1.6668057665e-1,
+        2.0000714765e-1,
+        -2.4999993993e-1,
+        3.3333331174e-1,
+    ):
+        value = value * m + np.float32(c)
+    square = m * m
+    value = value * m * square - np.float32(0.5) * square + m
+    return value + exponent.astype(jnp.float32) * np.float32(0.6931471805599453)
+
+
 def _sin_cos(word: Array) -> tuple[Array, Array]:
     # jnp.sin and jnp.cos are scalar calls on XLA:CPU. Two bits choose the quadrant, the others an angle in
     # [-pi/4, pi/4] where short minimax polynomials (Cephes sinf, cosf) are exact to float32.
@@ -115,6 +138,6 @@ def normal_pair(word0: UInt32[Array, "..."], word1: UInt32[Array, "..."]) -> Com
     XLA:CPU computes a fused value once per consumer. One complex element is one consumer, so the cipher behind it runs
     once for both normals instead of twice.
     """
-    radius = jnp.sqrt(np.float32(-2.0) * jnp.log(uniform(word0)))
+    radius = jnp.sqrt(np.float32(-2.0) * _log(uniform(word0)))
     sine, cosine = _sin_cos(word1)
     return lax.complex(radius * cosine, radius * sine)

@@ -81,7 +81,7 @@ def _check_jumps(rows):
 
 def test_intervals_cover_over_400_runs(experiment):
     # The share over 400 runs has a standard deviation of 1.1 %: even exact intervals leave 93..97 % on 6 % of all
-    # seeds, so here the band is four standard deviations (false alarm 6e-5 a row); the test of 4000 runs holds 93..97 %.
+    # seeds, so here the band is four standard deviations (false alarm 6e-5 a row); that of 4000 runs holds 93..97 %.
     rows = [row for case in experiment.cases() for row in experiment.coverage(case, n_runs=400, seed=0)]
     assert len(rows) == 8
     _check(rows, low=0.95 - 4.0 * 0.0109, high=0.95 + 4.0 * 0.0109, exempt=(JUMPS,))

@@ -9,7 +9,7 @@ cash-like and price terms each on the side of their sign. For an isolated positi
 log-price itself, shifted, so the bridge test is exact.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,17 +63,20 @@ class MarginState(NamedTuple):
 
 
 class Latch(NamedTuple):
-    """What settling needs: balance, distance, crossing probability, P&L and costs at the mark and at the barrier."""
+    """What settling needs: balance, distance, crossing probability, unrealised profit and the payoff of a liquidation.
+
+    The rest is what attribution needs: profit and fee at the barrier, prices at the mark and at the barrier.
+    """
 
     margin: Array
     distance: Array
     crossing: Array
     profit: Array
-    hit_profit: Array
-    hit_fee: Array
-    hit_slippage: Array
-    prices: tuple[Array, ...]
-    hit_prices: tuple[Array, ...]
+    payoff: Array
+    hit_profit: Any = ()
+    hit_fee: Any = ()
+    prices: tuple[Array, ...] = ()
+    hit_prices: tuple[Array, ...] = ()
 
 
 class Drawn(NamedTuple):
@@ -125,9 +128,10 @@ def distance(account: Perpetual, margin: Array, prices: tuple[Array, ...]) -> Di
 def margin_init(account: Perpetual, shape: PerpetualShape, one: Array, options: Options) -> tuple[MarginState, Latch]:
     """State before the first step."""
     margin, zero, prices = account.margin * one, 0.0 * one, (one,) * len(shape.assets)
-    kept = prices if options.attribution else ()
-    state = MarginState(margin, distance(account, margin, prices).x)
-    return state, Latch(margin, one, zero, zero, zero, zero, zero, kept, kept)
+    latch = Latch(margin, one, zero, zero, zero)
+    if options.attribution:
+        latch = latch._replace(hit_profit=zero, hit_fee=zero, prices=prices, hit_prices=prices)
+    return MarginState(margin, distance(account, margin, prices).x), latch
 
 
 def margin_step(
@@ -152,27 +156,20 @@ def margin_step(
     else:
         crossing, hit = (now.x <= 0.0).astype(margin.dtype), own
     gross = [jnp.abs(account.quantity[i]) * price for i, price in enumerate(hit)]
-    latch = Latch(
-        margin=margin,
-        distance=now.x,
-        crossing=crossing,
-        profit=profit(account, own),
-        hit_profit=profit(account, hit),
-        hit_fee=sum(account.liquidation_fee[i] * g for i, g in enumerate(gross)),
-        hit_slippage=sum(account.liquidation_slippage[i] * g for i, g in enumerate(gross)),
-        prices=own if options.attribution else (),
-        hit_prices=hit if options.attribution else (),
-    )
+    hit_profit = profit(account, hit)
+    hit_fee = sum(account.liquidation_fee[i] * g for i, g in enumerate(gross))
+    slippage = sum(account.liquidation_slippage[i] * g for i, g in enumerate(gross))
+    # What remains of the margin after fee and slippage stays with the user; a shortfall goes to the insurance fund.
+    payoff = jnp.maximum(margin + hit_profit - hit_fee - slippage, 0.0)
+    latch = Latch(margin, now.x, crossing, profit(account, own), payoff)
+    if options.attribution:
+        latch = latch._replace(hit_profit=hit_profit, hit_fee=hit_fee, prices=own, hit_prices=hit)
     return MarginState(margin, now.x), latch
-
-
-def _payoff(latch: Latch) -> Array:
-    return jnp.maximum(latch.margin + latch.hit_profit - latch.hit_fee - latch.hit_slippage, 0.0)
 
 
 def left(context, t, account: Perpetual, shape: PerpetualShape, latch: Latch, options: Options) -> tuple[Array, ...]:
     """Equity that a liquidation leaves: what remains of the margin after fee and slippage, not below zero."""
-    return (_payoff(latch),)
+    return (latch.payoff,)
 
 
 def drawn_init(account: Perpetual, shape: PerpetualShape, one: Array, options: Options) -> Drawn:
@@ -193,23 +190,21 @@ def drawn_step(
     options: Options,
 ) -> Drawn:
     """Drawn branch after one step; the account closes where the uniform falls below the crossing probability."""
-    payoff = _payoff(latch)
     closes = state.alive * (uniform < latch.crossing).astype(uniform.dtype)
     alive = state.alive - closes
-    frozen = tuple(
-        old + state.alive * (jnp.where(closes > 0.0, hit, price) - old)
-        for old, price, hit in zip(state.frozen, latch.prices, latch.hit_prices, strict=True)
-    )
-    paid = state.payoff + closes * payoff
-    return Drawn(
-        alive=alive,
-        payoff=paid,
-        frozen=frozen,
+    paid = state.payoff + closes * latch.payoff
+    after = state._replace(alive=alive, payoff=paid, equity=jnp.where(alive > 0.0, latch.margin + latch.profit, paid))
+    if not options.attribution:
+        return after
+    return after._replace(
+        frozen=tuple(
+            old + state.alive * (jnp.where(closes > 0.0, hit, price) - old)
+            for old, price, hit in zip(state.frozen, latch.prices, latch.hit_prices, strict=True)
+        ),
         funding=jnp.where(state.alive > 0.0, latch.margin - account.margin, state.funding),
         fees=state.fees - closes * latch.hit_fee,
         # Slippage paid, and what the insurance fund takes over when the account ends below zero.
-        liquidation=state.liquidation + closes * (payoff - latch.margin - latch.hit_profit + latch.hit_fee),
-        equity=jnp.where(alive > 0.0, latch.margin + latch.profit, paid),
+        liquidation=state.liquidation + closes * (latch.payoff - latch.margin - latch.hit_profit + latch.hit_fee),
     )
 
 
