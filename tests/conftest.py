@@ -1,13 +1,19 @@
 """Settings and fixtures every test shares."""
 
 import json
+import sys
 from pathlib import Path
 
 import jax
 import pytest
+from absl import logging as absl_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+# absl (which optax imports) keeps the stderr of its import, here one of pytest's captures, and closes it when Hydra sets
+# up logging: pytest would die of that. The process's own stderr it leaves open.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 # Two host devices so that one-device and two-device runs can be compared; double precision so that references can be
 # met to their own accuracy (kernels choose their precision explicitly, single by default).
