@@ -11,8 +11,8 @@ from absl import logging as absl_logging
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
-# absl (which optax imports) keeps the stderr of its import, here one of pytest's captures, and closes it when Hydra sets
-# up logging: pytest would die of that. The process's own stderr it leaves open.
+# absl (which optax imports) keeps the stderr of its import, here one of pytest's captures, and closes it when Hydra
+# sets up logging: pytest would die of that. The process's own stderr it leaves open.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 # Two host devices so that one-device and two-device runs can be compared; double precision so that references can be
