@@ -156,9 +156,9 @@ slow = pytest.mark.slow  # ten seconds of compilation each, and they share all b
 @pytest.mark.parametrize(
     ("name", "penalty"),
     [
-        ("cvar", 0.0),
+        pytest.param("cvar", 0.0, marks=slow),
         ("cvar", 0.3),
-        ("sharpe", 0.0),
+        pytest.param("sharpe", 0.0, marks=slow),
         pytest.param("mean_cvar", 0.0, marks=slow),
         pytest.param("sortino", 0.0, marks=slow),
     ],
