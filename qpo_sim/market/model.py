@@ -116,11 +116,6 @@ def step_covariance(prepared: Prepared, scale: Scale, i: int, j: int) -> Float[A
     return covariance if prepared.mixing is None else covariance * scale.mixing * scale.mixing
 
 
-def regime_label(masks: tuple[Array, ...], like: Array) -> Array:
-    """Regime number as a floating row (0 is the calm one)."""
-    return sum(((k + 1) * mask for k, mask in enumerate(masks)), jnp.zeros_like(like))
-
-
 def stages(market: Market) -> tuple[Stage, ...]:
     """The market's part of the line: draws, then regime and scale, then log-prices.
 

@@ -54,9 +54,8 @@ def tail_sample(loss: Float[Array, " paths"], weight: Any = None, *, total: floa
 def _quantile(sample: TailSample, tail_weight: Array) -> Array:
     # Smallest loss x with weight(L > x) <= tail_weight: the largest index whose strictly worse weight is within it.
     xp = sample.loss.__array_namespace__()
-    worse = xp.cumulative_sum(sample.weight) if hasattr(xp, "cumulative_sum") else xp.cumsum(sample.weight)
-    # Ties in float sums of equal weights must not move the index: half a smallest weight of slack is far above
-    # rounding.
+    worse = xp.cumsum(sample.weight)
+    # (1 - level) n may round to just below a whole number of paths; the slack is above that and far below one path.
     index = xp.searchsorted(worse, tail_weight * (1.0 + 1e-12), side="right")
     return sample.loss[xp.clip(index, 0, sample.loss.shape[0] - 1)]
 
