@@ -1,10 +1,13 @@
 """Primitives that stay finite, keep their gradients, and keep XLA's loops cheap. Nothing here knows finance."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from qpo_sim.types import Array
 
@@ -16,6 +19,54 @@ MAX_UNROLLED_ASSETS = 32
 Rows = Any
 
 _TINY = 1e-30
+
+
+class Pair(NamedTuple):
+    """Two float32 arrays of one shape that come out of one computation, such as both words of a cipher."""
+
+    first: Array
+    second: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Packed:
+    # A Pair as one complex64 array.
+    value: Array
+
+
+def materialised(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` (pytrees in, pytree out) as a unit whose results are stored before another unit reads them.
+
+    XLA:CPU fuses elementwise work along chains of consumers and computes a value once per consumer: in a loop body whose
+    values have many readers the work multiplies, and `lax.optimization_barrier` is dropped before fusion. A call that is
+    not inlined is a border that no fusion crosses, and costs nothing itself. Inside such a unit every output is a loop
+    of its own, so a `Pair` leaves it packed into one complex number, and the cipher behind its two parts runs once; it
+    can be read inside the next unit only.
+
+    Elsewhere than on CPU the function itself.
+    """
+    if jax.default_backend() != "cpu":
+        return function
+
+    def unpack(x: Any) -> Any:
+        return Pair(x.value.real, x.value.imag) if isinstance(x, _Packed) else x
+
+    def pack(x: Any) -> Any:
+        return _Packed(lax.complex(*x)) if isinstance(x, Pair) else x
+
+    @jax.jit
+    def unit(*arguments):
+        # The attribute belongs to this call alone, not to the calls inside it.
+        with set_xla_metadata(inlineable=None):
+            arguments = jax.tree.map(unpack, arguments, is_leaf=lambda x: isinstance(x, _Packed))
+            return jax.tree.map(pack, function(*arguments), is_leaf=lambda x: isinstance(x, Pair))
+
+    def call(*arguments):
+        with set_xla_metadata(inlineable="false"):
+            return unit(*arguments)
+
+    return call
 
 
 def safe_log(x: Array) -> Array:

@@ -1,10 +1,7 @@
 """The one loop: paths through a market and a book, step by step, and what observers keep of them.
 
-The loop is a line of stages with a latch between neighbours. At iteration i stage k works on step i - k and reads only
-the carry: its own state and the state and latch of the stage before it. XLA on CPU computes a value once per consumer
-inside a loop body, so a value that several others need is put into a latch and computed once. While the line fills and
-drains, a stage whose step lies outside the run keeps its state; that costs one select and spares compiling the body
-again for each partial iteration.
+Each step runs a line of stages, each on the state and output of the one before it. What a stage gives is stored before
+the next one reads it (see `numerics.materialised`), so that a value with several readers is computed once.
 """
 
 from collections.abc import Sequence
@@ -25,6 +22,7 @@ from qpo_sim.errors import InputError
 from qpo_sim.instrument.first_passage import Options
 from qpo_sim.market import model as market_model
 from qpo_sim.market.model import Market, MarketRecord, Prepared
+from qpo_sim.numerics import materialised
 from qpo_sim.types import Array, Context, Stage, Upstream
 
 MAX_DATES = 64
@@ -144,11 +142,11 @@ def _observer(book: Book, plan: Plan) -> Stage:
         record = None
         if plan.record_paths:
             record = Record(*[zeros(n_dates, n_accounts)] * 3)
-        return ObserverState(one, 0.0 * one, zeros(n_dates), zeros(n_dates, n_accounts), record), ()
+        return ObserverState(one, 0.0 * one, zeros(n_dates), zeros(n_dates, n_accounts), record)
 
     def step(context: Context, t, state: ObserverState, upstream: Upstream):
-        books, equity = upstream.state, upstream.latch
-        slot = jnp.asarray(slots, jnp.int32)[jnp.clip(t, 0, plan.n_steps - 1)]
+        books, equity = upstream.state, upstream.output
+        slot = jnp.asarray(slots, jnp.int32)[t]
         peak = jnp.maximum(state.peak, equity)
         hits = [s.hit_probability for s in books.survival]
         hit_probability = state.hit_probability
@@ -176,24 +174,27 @@ def _observer(book: Book, plan: Plan) -> Stage:
 
 def run_line(stages: Sequence[Stage], context: Context) -> list[Any]:
     """States of all stages after `context.n_steps` steps."""
-    depth, n_steps = len(stages), context.n_steps
-    started = [stage.init(context) for stage in stages]
-    states, latches = [s for s, _ in started], [latch for _, latch in started]
+    traced = (context.market, context.book, context.keys, context.path, context.record)
 
-    def body(carry, i):
-        states, latches = carry
-        new_states, new_latches = [], []
-        for k, stage in enumerate(stages):
-            t = i - k
-            upstream = Upstream(states[k - 1], latches[k - 1]) if k else Upstream((), ())
-            state, latch = stage.step(context, t, states[k], upstream)
-            runs = (t >= 0) & (t < n_steps)
-            new_states.append(jax.tree.map(lambda new, old, runs=runs: jnp.where(runs, new, old), state, states[k]))
-            new_latches.append(latch)
-        return (new_states, new_latches), None
+    def unit(stage: Stage) -> Any:
+        def step(traced, t, state, upstream):
+            market, book, keys, path, record = traced
+            inside = context._replace(market=market, book=book, keys=keys, path=path, record=record)
+            return stage.step(inside, t, state, upstream)
 
-    (states, _), _ = lax.scan(body, (states, latches), jnp.arange(n_steps + depth - 1, dtype=jnp.int32))
-    return states
+        return materialised(step)
+
+    units = [unit(stage) for stage in stages]
+
+    def body(states, t):
+        after, upstream = [], Upstream((), ())
+        for step, state in zip(units, states, strict=True):
+            upstream = Upstream(*step(traced, t, state, upstream))
+            after.append(upstream.state)
+        return after, None
+
+    start = [stage.init(context) for stage in stages]
+    return lax.scan(body, start, jnp.arange(context.n_steps, dtype=jnp.int32))[0]
 
 
 def record_market(

@@ -25,10 +25,10 @@ class Estimate(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What a stage sees of the stage before it, as it stood after the previous iteration of the line."""
+    """What a stage sees of the stage before it, after that stage has done the same step."""
 
     state: Any
-    latch: Any
+    output: Any
 
 
 class Context(NamedTuple):
@@ -52,9 +52,8 @@ class Context(NamedTuple):
 class Stage(NamedTuple):
     """One stage of the simulation line: a pure pair of functions, one simulation step at a time.
 
-    `init(context) -> (state, latch)` gives the state before step 0 and a harmless latch of the right shape;
-    `step(context, t, state, upstream) -> (state, latch)` works on step t. The latch is what the next stage reads one
-    iteration later; the next stage may also read the state itself, which costs nothing.
+    `init(context) -> state` gives the state before step 0; `step(context, t, state, upstream) -> (state, output)` does
+    step t. The next stage reads both the new state and the output.
     """
 
     name: str

@@ -93,8 +93,8 @@ class Marks(NamedTuple):
     uniforms: tuple[Array, ...]
 
 
-class MarginLatch(NamedTuple):
-    """Output of the margin stage: value of cash and spot, one latch and one uniform per account."""
+class Margins(NamedTuple):
+    """Output of the margin stage: value of cash and spot, one check and one uniform per account."""
 
     outright: Array
     accounts: tuple[Any, ...]
@@ -134,25 +134,24 @@ class Closing(NamedTuple):
 def stages(book: Book, options: Options) -> tuple[Stage, ...]:
     """The book's part of the line: marks, then distances to liquidation, then settlement.
 
-    The last stage's state is the `LedgerState`; its latch is the book's equity after the step (cash and spot alone when
+    The last stage's state is the `LedgerState`; its output is the book's equity after the step (cash and spot alone when
     the drawn branch is left out).
 
     Args:
       book: its static shape decides the program.
       options: what is tested and kept.
     """
-    n_uniforms = book.n_accounts if options.drawn else 0
+    # At step ends an account is liquidated or not: nothing is left to draw.
+    n_uniforms = book.n_accounts if options.drawn and options.bridge else 0
 
     def ones(context: Context) -> Array:
         return jnp.ones(context.path.shape, context.market.drift.dtype)
 
     def marks_init(context: Context):
-        one = ones(context)
-        scale = market_model.Scale((0.0 * one,) * context.market.initial_cuts.shape[0], one)
-        return (), Marks((one,) * len(book.assets), scale, (0.5 * one,) * n_uniforms)
+        return ()
 
     def marks_step(context: Context, t, state, upstream: Upstream):
-        log_price, scale = upstream.state, upstream.latch
+        log_price, scale = upstream.state, upstream.output
         prices = tuple(jnp.exp(log_price[i]) for i in range(len(book.assets)))
         # Two accounts share an address: the cipher gives two words.
         slots = range((n_uniforms + 1) // 2)
@@ -162,40 +161,37 @@ def stages(book: Book, options: Options) -> tuple[Stage, ...]:
 
     def margin_init(context: Context):
         one = ones(context)
-        rows = [kind.margin_init(account, shape, one, options) for kind, account, shape in context.book.accounts()]
-        latch = MarginLatch(one, tuple(latch for _, latch in rows), (0.5 * one,) * n_uniforms)
-        return tuple(state for state, _ in rows), latch
+        return tuple(kind.margin_init(account, shape, one) for kind, account, shape in context.book.accounts())
 
     def margin_step(context: Context, t, state, upstream: Upstream):
-        marks: Marks = upstream.latch
+        marks: Marks = upstream.output
         rows = [
             kind.margin_step(context, t, account, shape, before, marks.prices, marks.scale, options)
             for (kind, account, shape), before in zip(context.book.accounts(), state, strict=True)
         ]
         outright = _outright(context.book, marks.prices)
-        latch = MarginLatch(outright, tuple(latch for _, latch in rows), marks.uniforms)
-        return tuple(state for state, _ in rows), latch
+        margins = Margins(outright, tuple(check for _, check in rows), marks.uniforms)
+        return tuple(state for state, _ in rows), margins
 
     def settle_init(context: Context):
         one = ones(context)
         survival, drawn = [], []
         for kind, account, shape in context.book.accounts():
-            _, latch = kind.margin_init(account, shape, one, options)
-            left = kind.left(context, jnp.zeros((), jnp.int32), account, shape, latch, options)
-            survival.append(Survival(0.0 * one, tuple(0.0 * row for row in left), one if options.record else ()))
+            survival.append(Survival(0.0 * one, (0.0 * one,) * kind.N_LEFT, one if options.record else ()))
             if options.drawn:
                 drawn.append(kind.drawn_init(account, shape, one, options))
-        return LedgerState(tuple(survival), tuple(drawn)), one
+        return LedgerState(tuple(survival), tuple(drawn))
 
     def settle_step(context: Context, t, state: LedgerState, upstream: Upstream):
-        latch: MarginLatch = upstream.latch
-        survival, drawn, equity = [], [], latch.outright
+        margins: Margins = upstream.output
+        survival, drawn, equity = [], [], margins.outright
         for j, (kind, account, shape) in enumerate(context.book.accounts()):
-            row = latch.accounts[j]
-            left = kind.left(context, t, account, shape, row, options)
-            survival.append(survive(state.survival[j], row.crossing, left, row.distance, options))
+            check = margins.accounts[j]
+            left = kind.left(context, t, account, shape, check, options)
+            survival.append(survive(state.survival[j], check.crossing, left, check.distance, options))
             if options.drawn:
-                after = kind.drawn_step(context, t, account, shape, state.drawn[j], row, latch.uniforms[j], options)
+                uniform = margins.uniforms[j] if n_uniforms else 0.5 * ones(context)
+                after = kind.drawn_step(context, t, account, shape, state.drawn[j], check, uniform, options)
                 drawn.append(after)
                 equity = equity + after.equity
         return LedgerState(tuple(survival), tuple(drawn)), equity

@@ -49,7 +49,7 @@ class LoanShape(NamedTuple):
     venue: str
 
 
-class Latch(NamedTuple):
+class Check(NamedTuple):
     """What settling needs: distances at both ends, variance, crossing probability, regression slopes and marks."""
 
     start: Array
@@ -80,6 +80,10 @@ class Left(NamedTuple):
     debt_left: Array
     cost: Array
     prices: tuple[Array, ...]
+
+
+# Rows of `left`.
+N_LEFT = 2
 
 
 def assets(shape: LoanShape) -> tuple[int, ...]:
@@ -114,17 +118,14 @@ def distance(account: Loan, shape: LoanShape, debt_growth: Array | float, prices
     return Distance(safe_log(up / down), tuple(h / up for h in held) + tuple(-d / down for d in owed))
 
 
-def margin_init(account: Loan, shape: LoanShape, one: Array, options: Options) -> tuple[Array, Latch]:
+def margin_init(account: Loan, shape: LoanShape, one: Array) -> Array:
     """Distance before the first step."""
-    n = len(assets(shape))
-    prices = (one,) * n
-    state = distance(account, shape, 1.0, prices).x
-    return state, Latch(one, one, one, 0.0 * one, (0.0 * one,) * n, prices)
+    return distance(account, shape, 1.0, (one,) * len(assets(shape))).x
 
 
 def margin_step(
     context: Context, t: Array, account: Loan, shape: LoanShape, state: Array, prices, scale, options: Options
-) -> tuple[Array, Latch]:
+) -> tuple[Array, Check]:
     """Distance and crossing probability of one step, as if the loan were never liquidated."""
     own = tuple(prices[i] for i in assets(shape))
     now = distance(account, shape, growth(context, account, t + 1), own)
@@ -134,23 +135,23 @@ def margin_step(
     else:
         variance, slopes = jnp.ones_like(now.x), (jnp.zeros_like(now.x),) * len(own)
         crossing = (now.x <= 0.0).astype(now.x.dtype)
-    return now.x, Latch(state, now.x, variance, crossing, slopes, own)
+    return now.x, Check(state, now.x, variance, crossing, slopes, own)
 
 
 def _liquidated(
     account: Loan,
     shape: LoanShape,
-    latch: Latch,
+    check: Check,
     collateral_left: Array,
     debt_left: Array,
     x: Array,
     debt_growth: Array,
     options: Options,
 ) -> Left:
-    prices = latch.prices
+    prices = check.prices
     health = jnp.exp(jnp.minimum(x, 0.0))
     if options.bridge:
-        prices = tuple(price_at_barrier(p, x, s) for p, s in zip(prices, latch.slopes, strict=True))
+        prices = tuple(price_at_barrier(p, x, s) for p, s in zip(prices, check.slopes, strict=True))
         health = jnp.ones_like(x)
     collateral = collateral_left * collateral_value(account, shape, prices)
     debt = debt_left * debt_growth * debt_value(account, shape, prices)
@@ -175,11 +176,11 @@ def _liquidated(
 
 
 def left(
-    context: Context, t: Array, account: Loan, shape: LoanShape, latch: Latch, options: Options
+    context: Context, t: Array, account: Loan, shape: LoanShape, check: Check, options: Options
 ) -> tuple[Array, ...]:
     """Shares of collateral and of debt that a first liquidation leaves."""
-    one = jnp.ones_like(latch.distance)
-    result = _liquidated(account, shape, latch, one, one, latch.distance, growth(context, account, t + 1), options)
+    one = jnp.ones_like(check.distance)
+    result = _liquidated(account, shape, check, one, one, check.distance, growth(context, account, t + 1), options)
     return result.collateral_left, result.debt_left
 
 
@@ -196,7 +197,7 @@ def drawn_step(
     account: Loan,
     shape: LoanShape,
     state: Drawn,
-    latch: Latch,
+    check: Check,
     uniform: Array,
     options: Options,
 ) -> Drawn:
@@ -206,18 +207,18 @@ def drawn_step(
     is_open = (state.debt_left > 1e-6) & (state.collateral_left > 1e-6)
     offset = safe_log(jnp.where(is_open, state.collateral_left / jnp.maximum(state.debt_left, 1e-12), 1.0))
     if options.bridge:
-        crossing = bridge_crossing(latch.start + offset, latch.distance + offset, latch.variance)
+        crossing = bridge_crossing(check.start + offset, check.distance + offset, check.variance)
     else:
-        crossing = (latch.distance + offset <= 0.0).astype(uniform.dtype)
+        crossing = (check.distance + offset <= 0.0).astype(uniform.dtype)
     hits = (is_open & (uniform < crossing)).astype(uniform.dtype)
-    x = latch.distance + offset
-    rest = _liquidated(account, shape, latch, state.collateral_left, state.debt_left, x, growth_after, options)
+    x = check.distance + offset
+    rest = _liquidated(account, shape, check, state.collateral_left, state.debt_left, x, growth_after, options)
     collateral_left = state.collateral_left + hits * (rest.collateral_left - state.collateral_left)
     debt_left = state.debt_left + hits * (rest.debt_left - state.debt_left)
 
     # Each side earns its price move up to the liquidation on the shares before it, and the rest on those after it.
     price = []
-    for i, (now, before, hit) in enumerate(zip(latch.prices, state.previous, rest.prices, strict=True)):
+    for i, (now, before, hit) in enumerate(zip(check.prices, state.previous, rest.prices, strict=True)):
         k = i - len(shape.collateral_assets)
         if k < 0:
             units, held, kept = account.collateral[i], state.collateral_left, collateral_left
@@ -226,16 +227,16 @@ def drawn_step(
         turn = jnp.where(hits > 0.0, hit, now)
         price.append(state.price[i] + units * (held * (turn - before) + kept * (now - turn)))
     accrued = (growth_after - growth_before) * debt_value(account, shape, state.previous)
-    equity = collateral_left * collateral_value(account, shape, latch.prices)
+    equity = collateral_left * collateral_value(account, shape, check.prices)
     return Drawn(
         collateral_left=collateral_left,
         debt_left=debt_left,
         liquidated=jnp.maximum(state.liquidated, hits),
         price=tuple(price),
-        previous=latch.prices,
+        previous=check.prices,
         interest=state.interest - state.debt_left * accrued,
         liquidation=state.liquidation + hits * rest.cost,
-        equity=equity - debt_left * growth_after * debt_value(account, shape, latch.prices),
+        equity=equity - debt_left * growth_after * debt_value(account, shape, check.prices),
     )
 
 

@@ -62,7 +62,7 @@ class MarginState(NamedTuple):
     distance: Array
 
 
-class Latch(NamedTuple):
+class Check(NamedTuple):
     """What settling needs: balance, distance, crossing probability, unrealised profit and the payoff of a liquidation.
 
     The rest is what attribution needs: profit and fee at the barrier, prices at the mark and at the barrier.
@@ -96,6 +96,10 @@ class Drawn(NamedTuple):
         return 1.0 - self.alive
 
 
+# Rows of `left`.
+N_LEFT = 1
+
+
 def assets(shape: PerpetualShape) -> tuple[int, ...]:
     """Assets whose prices the account depends on."""
     return shape.assets
@@ -125,13 +129,10 @@ def distance(account: Perpetual, margin: Array, prices: tuple[Array, ...]) -> Di
     return Distance(safe_log(up / down), tuple(asset / up - liability / down for asset, liability in terms))
 
 
-def margin_init(account: Perpetual, shape: PerpetualShape, one: Array, options: Options) -> tuple[MarginState, Latch]:
+def margin_init(account: Perpetual, shape: PerpetualShape, one: Array) -> MarginState:
     """State before the first step."""
-    margin, zero, prices = account.margin * one, 0.0 * one, (one,) * len(shape.assets)
-    latch = Latch(margin, one, zero, zero, zero)
-    if options.attribution:
-        latch = latch._replace(hit_profit=zero, hit_fee=zero, prices=prices, hit_prices=prices)
-    return MarginState(margin, distance(account, margin, prices).x), latch
+    margin = account.margin * one
+    return MarginState(margin, distance(account, margin, (one,) * len(shape.assets)).x)
 
 
 def margin_step(
@@ -143,7 +144,7 @@ def margin_step(
     prices,
     scale,
     options: Options,
-) -> tuple[MarginState, Latch]:
+) -> tuple[MarginState, Check]:
     """Funding, distance and crossing probability of one step."""
     own = tuple(prices[i] for i in shape.assets)
     payment = sum(account.funding_rate[i] * account.quantity[i] * price for i, price in enumerate(own))
@@ -161,15 +162,15 @@ def margin_step(
     slippage = sum(account.liquidation_slippage[i] * g for i, g in enumerate(gross))
     # What remains of the margin after fee and slippage stays with the user; a shortfall goes to the insurance fund.
     payoff = jnp.maximum(margin + hit_profit - hit_fee - slippage, 0.0)
-    latch = Latch(margin, now.x, crossing, profit(account, own), payoff)
+    check = Check(margin, now.x, crossing, profit(account, own), payoff)
     if options.attribution:
-        latch = latch._replace(hit_profit=hit_profit, hit_fee=hit_fee, prices=own, hit_prices=hit)
-    return MarginState(margin, now.x), latch
+        check = check._replace(hit_profit=hit_profit, hit_fee=hit_fee, prices=own, hit_prices=hit)
+    return MarginState(margin, now.x), check
 
 
-def left(context, t, account: Perpetual, shape: PerpetualShape, latch: Latch, options: Options) -> tuple[Array, ...]:
+def left(context, t, account: Perpetual, shape: PerpetualShape, check: Check, options: Options) -> tuple[Array, ...]:
     """Equity that a liquidation leaves: what remains of the margin after fee and slippage, not below zero."""
-    return (latch.payoff,)
+    return (check.payoff,)
 
 
 def drawn_init(account: Perpetual, shape: PerpetualShape, one: Array, options: Options) -> Drawn:
@@ -185,26 +186,26 @@ def drawn_step(
     account: Perpetual,
     shape: PerpetualShape,
     state: Drawn,
-    latch: Latch,
+    check: Check,
     uniform: Array,
     options: Options,
 ) -> Drawn:
     """Drawn branch after one step; the account closes where the uniform falls below the crossing probability."""
-    closes = state.alive * (uniform < latch.crossing).astype(uniform.dtype)
+    closes = state.alive * (uniform < check.crossing).astype(uniform.dtype)
     alive = state.alive - closes
-    paid = state.payoff + closes * latch.payoff
-    after = state._replace(alive=alive, payoff=paid, equity=jnp.where(alive > 0.0, latch.margin + latch.profit, paid))
+    paid = state.payoff + closes * check.payoff
+    after = state._replace(alive=alive, payoff=paid, equity=jnp.where(alive > 0.0, check.margin + check.profit, paid))
     if not options.attribution:
         return after
     return after._replace(
         frozen=tuple(
             old + state.alive * (jnp.where(closes > 0.0, hit, price) - old)
-            for old, price, hit in zip(state.frozen, latch.prices, latch.hit_prices, strict=True)
+            for old, price, hit in zip(state.frozen, check.prices, check.hit_prices, strict=True)
         ),
-        funding=jnp.where(state.alive > 0.0, latch.margin - account.margin, state.funding),
-        fees=state.fees - closes * latch.hit_fee,
+        funding=jnp.where(state.alive > 0.0, check.margin - account.margin, state.funding),
+        fees=state.fees - closes * check.hit_fee,
         # Slippage paid, and what the insurance fund takes over when the account ends below zero.
-        liquidation=state.liquidation + closes * (latch.payoff - latch.margin - latch.hit_profit + latch.hit_fee),
+        liquidation=state.liquidation + closes * (check.payoff - check.margin - check.hit_profit + check.hit_fee),
     )
 
 
@@ -225,4 +226,4 @@ def _funding_stamps(context: Context, shape: PerpetualShape, t: Array) -> Array:
     # Stamps in (start, end] of the step; the run starts right after one.
     ends = np.arange(context.n_steps + 1) * context.step_hours / shape.funding_interval_hours
     stamps = np.diff(np.floor(ends + 1e-9))
-    return jnp.asarray(stamps, context.market.drift.dtype)[jnp.clip(t, 0, context.n_steps - 1)]
+    return jnp.asarray(stamps, context.market.drift.dtype)[t]

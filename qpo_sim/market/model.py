@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from qpo_sim import random
 from qpo_sim.market import regime, shock
-from qpo_sim.numerics import MAX_UNROLLED_ASSETS, regime_matvec, rows_like, select
+from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Pair, regime_matvec, rows_like, select
 from qpo_sim.random import Stream
 from qpo_sim.types import Array, Context, Stage, Upstream
 
@@ -119,7 +119,7 @@ def step_covariance(prepared: Prepared, scale: Scale, i: int, j: int) -> Float[A
 def stages(market: Market) -> tuple[Stage, ...]:
     """The market's part of the line: draws, then regime and scale, then log-prices.
 
-    The last stage's state is `log_price` (cumulative log-return since the start, rows by asset) and its latch the
+    The last stage's state is `log_price` (cumulative log-return since the start, rows by asset) and its output the
     `Scale` of the step.
     """
     dtype = market.drift.dtype
@@ -128,50 +128,42 @@ def stages(market: Market) -> tuple[Stage, ...]:
     draws_mixing = market.dof is not None
 
     def draws_init(context: Context):
-        # One word pair per base step: real part the regime's uniform, imaginary part the mixing score.
-        return (), jnp.full(context.path.shape, 0.5 + 0.0j, jnp.complex64)
+        return ()
 
     def draws_step(context: Context, t, state, upstream: Upstream):
+        # One pair of words per base step: the regime's uniform and the mixing score.
         if not (draws_regime or draws_mixing):
-            return (), draws_init(context)[1]
+            return (), None
         word0, word1 = random.bits(context.keys[Stream.REGIME], context.path, t // context.sub_steps, 0)
-        return (), lax.complex(random.uniform(word0), random.normal_score(word1))
+        return (), Pair(random.uniform(word0), random.normal_score(word1))
 
     def regime_init(context: Context):
         step = jnp.zeros((), jnp.int32)
         u = random.uniform(random.bits(context.keys[Stream.START], context.path, step, 0)[0]).astype(dtype)
         cuts = context.market.initial_cuts
         masks = regime.masks_from_uniform(u, [cuts[k] for k in range(cuts.shape[0])])
-        scale = Scale(masks, jnp.ones_like(u))
-        pairs = tuple(jnp.zeros(u.shape, jnp.complex64) for _ in range(n_pairs))
-        return scale, (scale, pairs)
+        return Scale(masks, jnp.ones_like(u))
 
     def regime_step(context: Context, t, state: Scale, upstream: Upstream):
-        u, score = upstream.latch.real.astype(dtype), upstream.latch.imag.astype(dtype)
-        masks = regime.next_masks(u, state.masks, context.market.transition_cuts) if draws_regime else ()
-        mixing = state.mixing
-        if draws_mixing:
-            mixing = shock.mixing_scale(score, masks, *context.market.mixing)
-        scale = Scale(masks, mixing)
+        scale = state
+        if upstream.output is not None:
+            u, score = (row.astype(dtype) for row in upstream.output)
+            masks = regime.next_masks(u, state.masks, context.market.transition_cuts) if draws_regime else ()
+            mixing = shock.mixing_scale(score, masks, *context.market.mixing) if draws_mixing else state.mixing
+            scale = Scale(masks, mixing)
         if context.sub_steps > 1:
             opens = t % context.sub_steps == 0
             scale = jax.tree.map(lambda new, old: jnp.where(opens, new, old), scale, state)
-        pairs = tuple(
-            random.normal_pair(*random.bits(context.keys[Stream.SHOCK], context.path, t, slot))
-            for slot in range(n_pairs)
-        )
-        return scale, (scale, pairs)
+        return scale, random.normal_pairs(context.keys[Stream.SHOCK], context.path, t, n_pairs)
 
     def price_init(context: Context):
         zero = jnp.zeros(context.path.shape, dtype)
         rows = (zero,) * market.n_assets
-        log_price = rows if market.n_assets <= MAX_UNROLLED_ASSETS else jnp.stack(rows)
-        scale = Scale(_no_masks(market, zero), jnp.ones_like(zero))
-        return log_price, scale
+        return rows if market.n_assets <= MAX_UNROLLED_ASSETS else jnp.stack(rows)
 
     def price_step(context: Context, t, state, upstream: Upstream):
-        scale, pairs = upstream.latch
-        z = [part(pair).astype(dtype) for pair in pairs for part in (jnp.real, jnp.imag)][: market.n_assets]
+        scale: Scale = upstream.state
+        z = [part[k].astype(dtype) for k in range(n_pairs) for part in upstream.output][: market.n_assets]
         prepared = context.market
         shocks = regime_matvec(prepared.factor, scale.masks, z)
         log_price = rows_like(
@@ -207,15 +199,14 @@ def record_stage(market: Market) -> Stage:
         def zeros(*shape: int) -> Array:
             return jnp.zeros((context.n_steps, *shape, *context.path.shape), market.drift.dtype)
 
-        return MarketRecord(zeros(market.n_assets), zeros(market.n_regimes - 1), zeros()), ()
+        return MarketRecord(zeros(market.n_assets), zeros(market.n_regimes - 1), zeros())
 
     def step(context: Context, t, state: MarketRecord, upstream: Upstream):
-        scale: Scale = upstream.latch
-        slot = jnp.clip(t, 0, context.n_steps - 1)
+        scale: Scale = upstream.output
         put = lax.dynamic_update_index_in_dim
-        masks = put(state.masks, jnp.stack(scale.masks), slot, 0) if scale.masks else state.masks
-        log_price = put(state.log_price, jnp.stack(list(upstream.state)), slot, 0)
-        return MarketRecord(log_price, masks, put(state.mixing, scale.mixing, slot, 0)), ()
+        masks = put(state.masks, jnp.stack(scale.masks), t, 0) if scale.masks else state.masks
+        log_price = put(state.log_price, jnp.stack(list(upstream.state)), t, 0)
+        return MarketRecord(log_price, masks, put(state.mixing, scale.mixing, t, 0)), ()
 
     return Stage("record", init, step)
 
@@ -224,17 +215,11 @@ def replay_stages(market: Market) -> tuple[Stage, ...]:
     """The market's part of the line when `Context.record` already holds its paths."""
 
     def init(context: Context):
-        zero = jnp.zeros(context.path.shape, market.drift.dtype)
-        return (zero,) * market.n_assets, Scale(_no_masks(market, zero), jnp.ones_like(zero))
+        return (jnp.zeros(context.path.shape, market.drift.dtype),) * market.n_assets
 
     def step(context: Context, t, state, upstream: Upstream):
-        slot = jnp.clip(t, 0, context.n_steps - 1)
-        row = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, slot, 0, keepdims=False), context.record)
+        row = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, t, 0, keepdims=False), context.record)
         masks = tuple(row.masks[k] for k in range(market.n_regimes - 1))
         return tuple(row.log_price[i] for i in range(market.n_assets)), Scale(masks, row.mixing)
 
     return (Stage("price", init, step),)
-
-
-def _no_masks(market: Market, zero: Array) -> tuple[Array, ...]:
-    return (zero,) * (market.n_regimes - 1)
