@@ -38,11 +38,11 @@ class _Packed:
 def materialised(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` (pytrees in, pytree out) as a unit whose results are stored before another unit reads them.
 
-    XLA:CPU fuses elementwise work along chains of consumers and computes a value once per consumer: in a loop body whose
-    values have many readers the work multiplies, and `lax.optimization_barrier` is dropped before fusion. A call that is
-    not inlined is a border that no fusion crosses, and costs nothing itself. Inside such a unit every output is a loop
-    of its own, so a `Pair` leaves it packed into one complex number, and the cipher behind its two parts runs once; it
-    can be read inside the next unit only.
+    XLA:CPU fuses elementwise work along chains of consumers and computes a value once per consumer: in a loop body
+    whose values have many readers the work multiplies, and `lax.optimization_barrier` is dropped before fusion. A call
+    that is not inlined is a border that no fusion crosses, and costs nothing itself. Inside such a unit every output is
+    a loop of its own, so a `Pair` leaves it packed into one complex number, and the cipher behind its two parts runs
+    once; it can be read inside the next unit only.
 
     Elsewhere than on CPU the function itself.
     """

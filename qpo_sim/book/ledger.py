@@ -21,7 +21,6 @@ from qpo_sim.instrument import loan, perpetual
 from qpo_sim.instrument.first_passage import Options, Survival, survive
 from qpo_sim.instrument.loan import Loan, LoanShape
 from qpo_sim.instrument.perpetual import Perpetual, PerpetualShape
-from qpo_sim.market import model as market_model
 from qpo_sim.random import Stream
 from qpo_sim.types import Array, Context, Stage, Upstream
 
@@ -134,8 +133,8 @@ class Closing(NamedTuple):
 def stages(book: Book, options: Options) -> tuple[Stage, ...]:
     """The book's part of the line: marks, then distances to liquidation, then settlement.
 
-    The last stage's state is the `LedgerState`; its output is the book's equity after the step (cash and spot alone when
-    the drawn branch is left out).
+    The last stage's state is the `LedgerState`; its output is the book's equity after the step (cash and spot alone
+    when the drawn branch is left out).
 
     Args:
       book: its static shape decides the program.
