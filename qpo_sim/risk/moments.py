@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from qpo_sim.compute.partial import power_sums
 from qpo_sim.types import DAYS_PER_YEAR, Array, Estimate
 
 
@@ -28,19 +29,7 @@ class ReturnSums(NamedTuple):
 
 def return_sums(value: Float[Array, "... paths"]) -> ReturnSums:
     """Sums over the last axis (float64 in, float64 out)."""
-    downside = np.minimum(value, 0.0)
-    square, down_square = value * value, downside * downside
-    return ReturnSums(
-        float(value.shape[-1]),
-        value.sum(-1),
-        square.sum(-1),
-        (square * value).sum(-1),
-        (square * square).sum(-1),
-        down_square.sum(-1),
-        (down_square * downside).sum(-1),
-        (down_square * down_square).sum(-1),
-        (value < 0.0).sum(-1).astype(np.float64),
-    )
+    return ReturnSums(float(value.shape[-1]), **power_sums(value))
 
 
 def mean(total: Array, total_square: Array, n: float) -> Estimate:
