@@ -1,11 +1,15 @@
 """Primitives that stay finite, keep their gradients, and keep XLA's loops cheap. Nothing here knows finance."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
@@ -22,17 +26,94 @@ _TINY = 1e-30
 
 
 class Pair(NamedTuple):
-    """Two float32 arrays of one shape that come out of one computation, such as both words of a cipher."""
+    """Two real arrays of one shape that come out of one computation, such as both normals of a Box-Muller pair."""
 
     first: Array
     second: Array
 
 
+class Kernel(Protocol):
+    """What a GPU kernel offers the stages that are traced into it (see `inside`)."""
+
+    def lookup(self, table: np.ndarray, index: Array) -> Array:
+        """Entry of a one-dimensional table."""
+        ...
+
+    def buffer(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Memory of `shape` rows of paths, with a method `store(index, rows)`."""
+        ...
+
+
+_kernel: ContextVar[Kernel | None] = ContextVar("kernel", default=None)
+
+
+@contextmanager
+def inside(kernel: Kernel) -> Iterator[None]:
+    """While it lasts, what is traced goes into a kernel: rows of paths in registers, no stacks of rows, no gathers.
+
+    The functions here and in `random` that name kernels then take another way to the same numbers.
+    """
+    token = _kernel.set(kernel)
+    try:
+        yield
+    finally:
+        _kernel.reset(token)
+
+
+def is_inside_kernel() -> bool:
+    """Whether a kernel is being traced."""
+    return _kernel.get() is not None
+
+
+def lookup(table: np.ndarray, index: Array) -> Array:
+    """Entry of a one-dimensional table that is known when the program is made."""
+    kernel = _kernel.get()
+    return jnp.asarray(table)[index] if kernel is None else kernel.lookup(table, index)
+
+
+def buffer(shape: tuple[int, ...], row: Array) -> Any:
+    """Zeros of shape (*shape, paths), to be filled with `put`; in a kernel, memory outside it without a value yet."""
+    kernel = _kernel.get()
+    return jnp.zeros((*shape, *row.shape), row.dtype) if kernel is None else kernel.buffer(shape, row.dtype)
+
+
+def put(target: Any, index: Array, rows: Any) -> Any:
+    """`target`, which `buffer` made, with `rows` (one row or a sequence of rows) at `index` of its leading axis."""
+    if is_inside_kernel():
+        target.store(index, rows)
+        return target
+    rows = jnp.stack(list(rows)) if isinstance(rows, list | tuple) else rows
+    return lax.dynamic_update_index_in_dim(target, rows, index, 0)
+
+
+def sqrt(x: Array) -> Array:
+    """Square root of x >= 0; in a kernel, which has none, x times the reciprocal root: the last bit may differ."""
+    if not is_inside_kernel():
+        return jnp.sqrt(x)
+    x = jnp.maximum(x, np.float32(_TINY))
+    return x * lax.rsqrt(x)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Packed:
-    # A Pair as one complex64 array.
+class Packed:
+    """A `Pair` stored as one complex array; its parts are taken out where they are read."""
+
     value: Array
+
+    @property
+    def first(self) -> Array:
+        """Real part."""
+        return self.value.real
+
+    @property
+    def second(self) -> Array:
+        """Imaginary part."""
+        return self.value.imag
+
+    def __iter__(self) -> Iterator[Array]:
+        """First and second part."""
+        return iter((self.first, self.second))
 
 
 def materialised(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,25 +122,25 @@ def materialised(function: Callable[..., Any]) -> Callable[..., Any]:
     XLA:CPU fuses elementwise work along chains of consumers and computes a value once per consumer: in a loop body
     whose values have many readers the work multiplies, and `lax.optimization_barrier` is dropped before fusion. A call
     that is not inlined is a border that no fusion crosses, and costs nothing itself. Inside such a unit every output is
-    a loop of its own, so a `Pair` leaves it packed into one complex number, and the cipher behind its two parts runs
-    once; it can be read inside the next unit only.
+    a loop of its own, so a `Pair` leaves it `Packed` into one complex number: what its parts share is computed once.
 
-    Elsewhere than on CPU the function itself.
+    Reverse mode stores the inputs of a unit and computes it again: what happens inside would leave it through outputs,
+    each a loop of its own, and fill memory that is slower than the arithmetic.
+
+    Elsewhere than on CPU, and in a kernel, the function itself.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or is_inside_kernel():
         return function
 
-    def unpack(x: Any) -> Any:
-        return Pair(x.value.real, x.value.imag) if isinstance(x, _Packed) else x
-
     def pack(x: Any) -> Any:
-        return _Packed(lax.complex(*x)) if isinstance(x, Pair) else x
+        return Packed(lax.complex(*x)) if isinstance(x, Pair) else x
 
     @jax.jit
+    @partial(jax.checkpoint, prevent_cse=False)
     def unit(*arguments):
-        # The attribute belongs to this call alone, not to the calls inside it.
-        with set_xla_metadata(inlineable=None):
-            arguments = jax.tree.map(unpack, arguments, is_leaf=lambda x: isinstance(x, _Packed))
+        # "false" belongs to the call of the unit alone. Calls inside it, also those of its derivative, are traced while
+        # that is set, so they say the contrary of it.
+        with set_xla_metadata(inlineable="true"):
             return jax.tree.map(pack, function(*arguments), is_leaf=lambda x: isinstance(x, Pair))
 
     def call(*arguments):

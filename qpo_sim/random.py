@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float32, Int, UInt32
 
-from qpo_sim.numerics import Pair, polynomial
+from qpo_sim.numerics import Pair, polynomial, sqrt
 from qpo_sim.types import Array
 
 SLOT_BITS = 12
@@ -92,7 +92,7 @@ def normal_score(word: UInt32[Array, "..."]) -> Float32[Array, "..."]:
     x = (cell + np.float32(0.5)) * np.float32(2.0**-23)
     w = -_log((np.float32(1.0) - x) * (np.float32(1.0) + x))
     centre = polynomial([np.float32(c) for c in _ERF_INV_CENTRE], w - np.float32(2.5))
-    tail = polynomial([np.float32(c) for c in _ERF_INV_TAIL], jnp.sqrt(jnp.maximum(w, 0.0)) - np.float32(3.0))
+    tail = polynomial([np.float32(c) for c in _ERF_INV_TAIL], sqrt(jnp.maximum(w, 0.0)) - np.float32(3.0))
     return np.float32(np.sqrt(2.0)) * x * jnp.where(w < np.float32(5.0), centre, tail)
 
 
@@ -154,14 +154,11 @@ def _sin_cos(word: Array) -> tuple[Array, Array]:
 
 def normal_pair(word0: UInt32[Array, "..."], word1: UInt32[Array, "..."]) -> Pair:
     """Two independent standard normals (Box-Muller)."""
-    radius = jnp.sqrt(np.float32(-2.0) * _log(uniform(word0)))
+    radius = sqrt(np.float32(-2.0) * _log(uniform(word0)))
     sine, cosine = _sin_cos(word1)
     return Pair(radius * cosine, radius * sine)
 
 
-def normal_pairs(key: StreamKey, path: UInt32[Array, " paths"], step: Int[Array, ""], n_pairs: int) -> Pair:
-    """Normal pairs at the addresses (step, 0) .. (step, n_pairs - 1): two arrays of shape (n_pairs, paths)."""
-    words = (step.astype(jnp.uint32) << np.uint32(SLOT_BITS)) + jnp.arange(n_pairs, dtype=jnp.uint32)
-    shape = (n_pairs, *path.shape)
-    # One array of all slots is one loop for XLA:CPU: a tenth cheaper than a loop per slot.
-    return normal_pair(*threefry2x32(jnp.broadcast_to(path, shape), jnp.broadcast_to(words[:, None], shape), key))
+def normal_pairs(key: StreamKey, path: UInt32[Array, " paths"], step: Int[Array, ""], n_pairs: int) -> tuple[Pair, ...]:
+    """Normal pairs at the addresses (step, 0) .. (step, n_pairs - 1)."""
+    return tuple(normal_pair(*bits(key, path, step, slot)) for slot in range(n_pairs))

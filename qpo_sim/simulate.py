@@ -4,7 +4,7 @@ Each step runs a line of stages, each on the state and output of the one before 
 the next one reads it (see `numerics.materialised`), so that a value with several readers is computed once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,11 +22,17 @@ from qpo_sim.errors import InputError
 from qpo_sim.instrument.first_passage import Options
 from qpo_sim.market import model as market_model
 from qpo_sim.market.model import Market, MarketRecord, Prepared
-from qpo_sim.numerics import materialised
+from qpo_sim.numerics import buffer, lookup, materialised, put
 from qpo_sim.types import Array, Context, Stage, Upstream
 
 MAX_DATES = 64
 MONITORING = ("bridge", "step")
+
+# From the most memory to the least, and the choice between them by size.
+REMAT = ("store", "step", "two-level", "auto")
+
+# What the steps of one device may leave in memory for a gradient when `Plan.remat` is "auto".
+GRADIENT_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ class Plan:
       attribution: keep P&L accounts and components.
       drawn: carry the drawn branch; without it only `Outcome.conditional` is known (what gradients need).
       record_paths: keep the accounts at every date (for replay).
+      remat: what a reverse-mode gradient keeps of the steps. "store": the inputs of every stage; "step": the states
+        before each step, which is then done again; "two-level": the states before each of about sqrt(n_steps) blocks of
+        steps, and what "store" keeps within the one block that is done again: memory of order sqrt(n_steps) (Griewank &
+        Walther 2008, ch. 12); "auto": the first of these that leaves at most `GRADIENT_BYTES` per device. Draws are
+        made again from their addresses. Values and gradients are the same to rounding.
     """
 
     n_steps: int
@@ -50,6 +61,7 @@ class Plan:
     attribution: bool = True
     drawn: bool = True
     record_paths: bool = False
+    remat: str = "store"
 
     def __post_init__(self) -> None:
         """Checks what cannot be simulated; fills in the dates."""
@@ -59,6 +71,8 @@ class Plan:
             raise InputError(f"step_hours is {self.step_hours}; it must be a positive number of hours.")
         if self.monitoring not in MONITORING:
             raise InputError(f"monitoring is {self.monitoring!r}; it must be one of {', '.join(MONITORING)}.")
+        if self.remat not in REMAT:
+            raise InputError(f"remat is {self.remat!r}; it must be one of {', '.join(REMAT)}.")
         dates = self.dates or default_dates(self.n_steps)
         if list(dates) != sorted(set(dates)) or dates[0] < 1 or dates[-1] != self.n_steps:
             raise InputError(f"dates must increase from at least 1 to n_steps = {self.n_steps}, got {list(dates)}.")
@@ -133,25 +147,24 @@ class ObserverState(NamedTuple):
 def _observer(book: Book, plan: Plan) -> Stage:
     # Slot of the date at or after each step: later steps of the same slot overwrite earlier ones, so that each slot
     # ends with the value at its date and no step needs a branch.
-    slots = np.searchsorted(np.asarray(plan.dates), np.arange(plan.n_steps) + 1)
+    slots = np.searchsorted(np.asarray(plan.dates), np.arange(plan.n_steps) + 1).astype(np.int32)
     n_dates, n_accounts = len(plan.dates), book.n_accounts
 
     def init(context: Context):
         one = jnp.ones(context.path.shape, context.market.drift.dtype)
-        zeros = lambda *shape: jnp.zeros((*shape, *one.shape), one.dtype)  # noqa: E731
         record = None
         if plan.record_paths:
-            record = Record(*[zeros(n_dates, n_accounts)] * 3)
-        return ObserverState(one, 0.0 * one, zeros(n_dates), zeros(n_dates, n_accounts), record)
+            record = Record(*(buffer((n_dates, n_accounts), one) for _ in range(3)))
+        return ObserverState(one, 0.0 * one, buffer((n_dates,), one), buffer((n_dates, n_accounts), one), record)
 
     def step(context: Context, t, state: ObserverState, upstream: Upstream):
         books, equity = upstream.state, upstream.output
-        slot = jnp.asarray(slots, jnp.int32)[t]
+        slot = lookup(slots, t)
         peak = jnp.maximum(state.peak, equity)
         hits = [s.hit_probability for s in books.survival]
         hit_probability = state.hit_probability
         if hits:
-            hit_probability = lax.dynamic_update_index_in_dim(hit_probability, jnp.stack(hits), slot, 0)
+            hit_probability = put(hit_probability, slot, hits)
         record = state.record
         if record is not None and n_accounts:
             rows = (
@@ -159,12 +172,11 @@ def _observer(book: Book, plan: Plan) -> Stage:
                 [drawn.liquidated for drawn in books.drawn],
                 [survival.distance for survival in books.survival],
             )
-            now = Record(*map(jnp.stack, rows))
-            record = jax.tree.map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, slot, 0), record, now)
+            record = Record(*(put(kept, slot, new) for kept, new in zip(record, rows, strict=True)))
         return ObserverState(
             peak,
             jnp.maximum(state.drawdown, 1.0 - equity / peak),
-            lax.dynamic_update_index_in_dim(state.equity, equity, slot, 0),
+            put(state.equity, slot, equity),
             hit_probability,
             record,
         ), ()
@@ -172,8 +184,8 @@ def _observer(book: Book, plan: Plan) -> Stage:
     return Stage("observe", init, step)
 
 
-def run_line(stages: Sequence[Stage], context: Context) -> list[Any]:
-    """States of all stages after `context.n_steps` steps."""
+def line_step(stages: Sequence[Stage], context: Context) -> Callable[[list[Any], Array], list[Any]]:
+    """Function (states of all stages, t) -> states after step t."""
     traced = (context.market, context.book, context.keys, context.path, context.record)
 
     def unit(stage: Stage) -> Any:
@@ -191,10 +203,86 @@ def run_line(stages: Sequence[Stage], context: Context) -> list[Any]:
         for step, state in zip(units, states, strict=True):
             upstream = Upstream(*step(traced, t, state, upstream))
             after.append(upstream.state)
+        return after
+
+    return body
+
+
+def run_line(stages: Sequence[Stage], context: Context, remat: str = "store") -> list[Any]:
+    """States of all stages after `context.n_steps` steps.
+
+    Args:
+      stages: the line, in order.
+      context: what the stages read.
+      remat: what reverse mode keeps of the steps, see `Plan`; without a gradient it changes nothing but the program.
+    """
+    if remat == "auto":
+        sizes = ((name, residual_bytes(stages, context, name)) for name in REMAT[:-1])
+        remat = next((name for name, size in sizes if size <= GRADIENT_BYTES), REMAT[-2])
+    return _scan(stages, context, remat)
+
+
+def _scan(stages: Sequence[Stage], context: Context, remat: str) -> list[Any]:
+    step = line_step(stages, context)
+    start = [stage.init(context) for stage in stages]
+    t = jnp.arange(context.n_steps, dtype=jnp.int32)
+
+    def body(states, t):
+        return step(states, t), None
+
+    if remat == "store":
+        return lax.scan(body, start, t)[0]
+    if remat == "step":
+        return lax.scan(jax.checkpoint(body, prevent_cse=False), start, t)[0]
+    length = _block_length(context.n_steps)
+    n_blocks = -(-context.n_steps // length)
+    is_padded = n_blocks * length > context.n_steps
+
+    def masked(states, t):
+        # Steps beyond the last one leave everything as it is.
+        after = step(states, t)
+        if is_padded:
+            after = jax.tree.map(partial(jnp.where, t < context.n_steps), after, states)
         return after, None
 
-    start = [stage.init(context) for stage in stages]
-    return lax.scan(body, start, jnp.arange(context.n_steps, dtype=jnp.int32))[0]
+    def block(states, t):
+        return lax.scan(masked, states, t)[0], None
+
+    t = jnp.arange(n_blocks * length, dtype=jnp.int32).reshape(n_blocks, length)
+    return lax.scan(jax.checkpoint(block, prevent_cse=False), start, t)[0]
+
+
+def _block_length(n_steps: int) -> int:
+    # Near the square root, where blocks and steps of one block together are fewest; of those the one that wastes least.
+    root = n_steps**0.5
+    lengths = range(max(1, round(0.7 * root)), round(1.4 * root) + 1)
+    return min(lengths, key=lambda b: (-(-n_steps // b) * b, abs(b - root)))
+
+
+def residual_bytes(stages: Sequence[Stage], context: Context, remat: str) -> int:
+    """Memory between the forward and the backward loop of a gradient in all of market and book; traceable.
+
+    Only shapes are computed for it. It includes what a block keeps of its steps while it is done again, but not what
+    the arithmetic of one step needs.
+    """
+    traced = context.market, context.book
+    is_real = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)  # noqa: E731
+    leaves, treedef = jax.tree.flatten(traced)
+
+    def run(reals):
+        given = iter(reals)
+        market, book = treedef.unflatten([next(given) if is_real(x) else x for x in leaves])
+        return [
+            x
+            for x in jax.tree.leaves(run_line(stages, context._replace(market=market, book=book), remat))
+            if is_real(x)
+        ]
+
+    kept = jax.eval_shape(lambda reals: jax.vjp(run, reals)[1], [x for x in leaves if is_real(x)])
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+    if remat == "two-level":
+        size += residual_bytes(stages, context._replace(n_steps=_block_length(context.n_steps)), "store")
+    return size
 
 
 def record_market(
@@ -232,34 +320,66 @@ def simulate_prepared(
       plan: steps and what is kept.
       record: market paths made before with `record_market`; else they are made on the way.
     """
+    context = context_of(market, prepared, book, keys, path, plan, record)
+    line = stage_line(market, book, plan, record)
+    return outcome_of(*finish(line, run_line(line, context, plan.remat), context, plan))
+
+
+def context_of(
+    market: Market, prepared: Prepared, book: Book | None, keys: Any, path: Array, plan: Plan, record: Any = None
+) -> Context:
+    """What the stages of a plan read."""
     sub_steps = round(market.step_hours / plan.step_hours)
-    context = Context(prepared, book, keys, path, plan.n_steps, sub_steps, plan.step_hours, record)
-    options = Options(plan.monitoring == "bridge", plan.attribution and plan.drawn, plan.drawn, plan.record_paths)
+    return Context(prepared, book, keys, path, plan.n_steps, sub_steps, plan.step_hours, record)
+
+
+def _options(plan: Plan) -> Options:
+    return Options(plan.monitoring == "bridge", plan.attribution and plan.drawn, plan.drawn, plan.record_paths)
+
+
+def stage_line(market: Market, book: Book, plan: Plan, record: MarketRecord | None = None) -> tuple[Stage, ...]:
+    """All stages of a plan, in order."""
     market_line = market_model.stages(market) if record is None else market_model.replay_stages(market)
-    line = (*market_line, *ledger.stages(book, options))
-    if plan.drawn:
-        line = (*line, _observer(book, plan))
-    states = dict(zip([stage.name for stage in line], run_line(line, context), strict=True))
-    closing = ledger.close(context, states["price"], states["margin"], states["settle"], options)
-    if not plan.drawn:
-        conditional = closing.conditional
+    line = (*market_line, *ledger.stages(book, _options(plan)))
+    return (*line, _observer(book, plan)) if plan.drawn else line
+
+
+def finish(
+    line: Sequence[Stage], states: Sequence[Any], context: Context, plan: Plan
+) -> tuple[ledger.Closing, ObserverState | None]:
+    """What the ledger and the observer say after the last step."""
+    by_name = dict(zip([stage.name for stage in line], states, strict=True))
+    closing = ledger.close(context, by_name["price"], by_name["margin"], by_name["settle"], _options(plan))
+    return closing, by_name.get("observe")
+
+
+def outcome_of(closing: ledger.Closing, seen: ObserverState | None) -> Outcome:
+    """The outcome as arrays, from what `finish` gives."""
+    zero = jnp.zeros_like(closing.conditional.outright if seen is None else seen.drawdown)
+
+    def stack(rows: Sequence[Array]) -> Array:
+        return jnp.stack(list(rows)) if rows else jnp.zeros((0, *zero.shape), zero.dtype)
+
+    conditional = closing.conditional
+    if conditional is not None:
+        outright, *by_account = conditional
+        conditional = Conditional(outright, *map(stack, by_account))
+    if seen is None:
         is_finite = jnp.isfinite(conditional.outright + jnp.sum(conditional.survived + conditional.liquidated, axis=0))
         return Outcome(None, None, None, None, None, conditional, None, None, is_finite, None)
-    seen: ObserverState = states["observe"]
-    is_finite = jnp.all(jnp.isfinite(seen.equity), axis=0) & jnp.isfinite(seen.drawdown)
-    if book.n_accounts:
-        is_finite = is_finite & jnp.all(jnp.isfinite(seen.hit_probability), axis=(0, 1))
-    if closing.components is not None:
-        is_finite = is_finite & jnp.all(jnp.isfinite(closing.components), axis=0)
+    components = None if closing.components is None else stack(closing.components)
+    # An equity that is not finite stays in the drawdown, a probability that is not in the later ones.
+    last = [seen.drawdown, *seen.hit_probability[-1], *(components if components is not None else ())]
+    is_finite = jnp.isfinite(sum(last))
     return Outcome(
         equity=seen.equity,
         max_drawdown=seen.drawdown,
         hit_probability=seen.hit_probability,
-        is_liquidated=closing.is_liquidated,
-        account_equity=closing.account_equity,
-        conditional=closing.conditional,
+        is_liquidated=stack(closing.liquidated or ()) > 0.5,
+        account_equity=stack(closing.account_equity or ()),
+        conditional=conditional,
         accounts=closing.accounts,
-        components=closing.components,
+        components=components,
         is_finite=is_finite,
         record=seen.record,
     )
@@ -273,6 +393,15 @@ def check_fit(market: Market, book: Book, plan: Plan) -> int:
     """
     if market.assets != book.assets:
         raise InputError(f"the book is built for {', '.join(book.assets)}, the market has {', '.join(market.assets)}.")
+    return sub_steps_of(market, plan)
+
+
+def sub_steps_of(market: Market, plan: Plan) -> int:
+    """Number of simulation steps per base step.
+
+    Raises:
+      InputError: the step does not divide the base step.
+    """
     ratio = market.step_hours / plan.step_hours
     if abs(ratio - round(ratio)) > 1e-9 or ratio < 0.5:
         raise InputError(
@@ -301,12 +430,13 @@ def simulate_paths(market: Market, book: Book, path: Any, plan: Plan, *, seed: i
       InputError: market, book and plan do not fit together.
     """
     check_fit(market, book, plan)
-    path, n = _padded(path)
+    path, n = padded(path)
     outcome = _simulate(market, book, random.stream_keys(seed), path, plan)
     return jax.tree.map(lambda x: x[..., :n], outcome)
 
 
-def _padded(path: Any) -> tuple[Array, int]:
+def padded(path: Any) -> tuple[Array, int]:
+    """Path numbers, the last one repeated up to a multiple of 256, and how many of them were asked for."""
     # Whole vectors of lanes: the remainder of a loop is compiled to other instructions, whose exp differs in the last
     # bit, and path 17 is to be the same alone and in company.
     path = jnp.arange(path, dtype=jnp.uint32) if isinstance(path, int) else jnp.asarray(path, jnp.uint32)
@@ -329,6 +459,6 @@ def market_paths(market: Market, path: Any, plan: Plan, *, seed: int = 0) -> Mar
       plan: steps.
       seed: 64-bit seed.
     """
-    path, n = _padded(path)
+    path, n = padded(path)
     record = _record(market, random.stream_keys(seed), path, plan)
     return jax.tree.map(lambda x: x[..., :n], record)

@@ -149,10 +149,10 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
             columns.append(
                 np.pad(values, (0, n_tiers - values.size), constant_values=values[-1] if pad is None else pad)
             )
-        return jnp.asarray(np.stack(columns, axis=1), dtype)
+        return jnp.asarray(np.stack(columns, axis=1).astype(dtype))
 
     def each(value: float) -> Array:
-        return jnp.full(quantity.shape, value, dtype)
+        return jnp.asarray(np.full(quantity.shape, value, dtype))
 
     params = Perpetual(
         margin=jnp.asarray(margin, dtype),

@@ -21,6 +21,7 @@ from qpo_sim.instrument import loan, perpetual
 from qpo_sim.instrument.first_passage import Options, Survival, survive
 from qpo_sim.instrument.loan import Loan, LoanShape
 from qpo_sim.instrument.perpetual import Perpetual, PerpetualShape
+from qpo_sim.numerics import Pair, Rows
 from qpo_sim.random import Stream
 from qpo_sim.types import Array, Context, Stage, Upstream
 
@@ -85,19 +86,19 @@ class Book:
 
 
 class Marks(NamedTuple):
-    """Relative prices, the step's scale and one uniform per account."""
+    """Relative prices, the step's scale and a pair of uniforms for every two accounts."""
 
-    prices: tuple[Array, ...]
+    prices: Rows
     scale: Any
-    uniforms: tuple[Array, ...]
+    uniforms: tuple[Any, ...]
 
 
 class Margins(NamedTuple):
-    """Output of the margin stage: value of cash and spot, one check and one uniform per account."""
+    """Output of the margin stage: value of cash and spot, one check per account, and the uniforms."""
 
     outright: Array
     accounts: tuple[Any, ...]
-    uniforms: tuple[Array, ...]
+    uniforms: tuple[Any, ...]
 
 
 class LedgerState(NamedTuple):
@@ -121,13 +122,17 @@ class Conditional(NamedTuple):
 
 
 class Closing(NamedTuple):
-    """What the ledger says of finished paths; drawn-branch fields are None when that branch was left out."""
+    """What the ledger says of finished paths; drawn-branch fields are None when that branch was left out.
+
+    What has one row per account or component is a tuple of rows, in `conditional` too: a kernel cannot stack them.
+    `liquidated` is 1 where the account has been liquidated, else 0.
+    """
 
     conditional: Conditional
-    is_liquidated: Array | None
-    account_equity: Array | None
+    liquidated: tuple[Array, ...] | None
+    account_equity: tuple[Array, ...] | None
     accounts: dict[str, Array] | None
-    components: Array | None
+    components: tuple[Array, ...] | None
 
 
 def stages(book: Book, options: Options) -> tuple[Stage, ...]:
@@ -151,12 +156,11 @@ def stages(book: Book, options: Options) -> tuple[Stage, ...]:
 
     def marks_step(context: Context, t, state, upstream: Upstream):
         log_price, scale = upstream.state, upstream.output
-        prices = tuple(jnp.exp(log_price[i]) for i in range(len(book.assets)))
+        prices = jax.tree.map(jnp.exp, log_price)
         # Two accounts share an address: the cipher gives two words.
-        slots = range((n_uniforms + 1) // 2)
-        words = [w for slot in slots for w in random.bits(context.keys[Stream.LIQUIDATION], context.path, t, slot)]
-        uniforms = tuple(random.uniform(word).astype(prices[0].dtype) for word in words[:n_uniforms])
-        return (), Marks(prices, scale, uniforms)
+        key = context.keys[Stream.LIQUIDATION]
+        words = (random.bits(key, context.path, t, slot) for slot in range((n_uniforms + 1) // 2))
+        return (), Marks(prices, scale, tuple(Pair(*map(random.uniform, pair)) for pair in words))
 
     def margin_init(context: Context):
         one = ones(context)
@@ -183,13 +187,14 @@ def stages(book: Book, options: Options) -> tuple[Stage, ...]:
 
     def settle_step(context: Context, t, state: LedgerState, upstream: Upstream):
         margins: Margins = upstream.output
+        uniforms = [u.astype(margins.outright.dtype) for pair in margins.uniforms for u in pair]
         survival, drawn, equity = [], [], margins.outright
         for j, (kind, account, shape) in enumerate(context.book.accounts()):
             check = margins.accounts[j]
             left = kind.left(context, t, account, shape, check, options)
             survival.append(survive(state.survival[j], check.crossing, left, check.distance, options))
             if options.drawn:
-                uniform = margins.uniforms[j] if n_uniforms else 0.5 * ones(context)
+                uniform = uniforms[j] if n_uniforms else 0.5 * ones(context)
                 after = kind.drawn_step(context, t, account, shape, state.drawn[j], check, uniform, options)
                 drawn.append(after)
                 equity = equity + after.equity
@@ -205,12 +210,8 @@ def stages(book: Book, options: Options) -> tuple[Stage, ...]:
 def close(context: Context, log_price: Any, margins: tuple[Any, ...], state: LedgerState, options: Options) -> Closing:
     """P&L accounts, components and conditional values at the end of the last step."""
     book: Book = context.book
-    prices = tuple(jnp.exp(log_price[i]) for i in range(len(book.assets)))
+    prices = jax.tree.map(jnp.exp, log_price)
     zero = jnp.zeros_like(prices[0])
-
-    def stack(rows: list[Array]) -> Array:
-        return jnp.stack(rows) if rows else jnp.zeros((0, *zero.shape), zero.dtype)
-
     accounts = book.accounts()
     terminal = [
         kind.close_survival(context, account, shape, margin, survival, prices)
@@ -218,16 +219,16 @@ def close(context: Context, log_price: Any, margins: tuple[Any, ...], state: Led
     ]
     conditional = Conditional(
         _outright(book, prices),
-        stack([survived for survived, _ in terminal]),
-        stack([liquidated for _, liquidated in terminal]),
-        stack([survival.hit_probability for survival in state.survival]),
+        tuple(survived for survived, _ in terminal),
+        tuple(liquidated for _, liquidated in terminal),
+        tuple(survival.hit_probability for survival in state.survival),
     )
     if not options.drawn:
         return Closing(conditional, None, None, None, None)
-    is_liquidated = stack([drawn.liquidated for drawn in state.drawn]) > 0.5
-    account_equity = stack([drawn.equity for drawn in state.drawn])
+    liquidated = tuple(drawn.liquidated for drawn in state.drawn)
+    account_equity = tuple(drawn.equity for drawn in state.drawn)
     if not options.attribution:
-        return Closing(conditional, is_liquidated, account_equity, None, None)
+        return Closing(conditional, liquidated, account_equity, None, None)
     spot = [book.spot[k] * (prices[i] - 1.0) for k, i in enumerate(book.spot_assets)]
     components, totals = list(spot), {name: zero for name in ACCOUNTS}
     totals["price"] = sum(spot, zero)
@@ -237,10 +238,10 @@ def close(context: Context, log_price: Any, margins: tuple[Any, ...], state: Led
         totals["price"] = sum(pnl.price, totals["price"])
         for name in ACCOUNTS[1:]:
             totals[name] = totals[name] + getattr(pnl, name)
-    return Closing(conditional, is_liquidated, account_equity, totals, stack(components))
+    return Closing(conditional, liquidated, account_equity, totals, tuple(components))
 
 
-def _outright(book: Book, prices: tuple[Array, ...]) -> Array:
+def _outright(book: Book, prices: Rows) -> Array:
     total = book.cash * jnp.ones_like(prices[0])
     for k, i in enumerate(book.spot_assets):
         total = total + book.spot[k] * prices[i]

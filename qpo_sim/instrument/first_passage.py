@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from qpo_sim.market import model as market_model
+from qpo_sim.numerics import bridge_crossing, materialised
 from qpo_sim.types import Array, Context
 
 
@@ -67,14 +68,19 @@ def survive(before: Survival, crossing: Array, left: tuple[Array, ...], distance
 
 
 def step_moments(distance: Distance, assets: tuple[int, ...], context: Context, scale: Any) -> tuple[Array, tuple]:
-    """Variance of x over the step and the regression slope of each log-price on x."""
-    weights = distance.elasticity
-    covariance = []
-    for i in assets:
-        terms = (market_model.step_covariance(context.market, scale, i, j) for j in assets)
-        covariance.append(sum(c * w for c, w in zip(terms, weights, strict=True)))
-    variance = jnp.maximum(sum(w * c for w, c in zip(weights, covariance, strict=True)), 1e-20)
-    return variance, tuple(c / variance for c in covariance)
+    """Variance of x over the step and its covariance with each log-price."""
+
+    def covariances(market, scale, weights):
+        square = market_model.mixing_square(market, scale)
+        rows = []
+        for i in assets:
+            terms = (market_model.gaussian_covariance(market, scale, i, j) for j in assets)
+            rows.append(square * sum(c * w for c, w in zip(terms, weights, strict=True)))
+        return tuple(rows)
+
+    covariance = materialised(covariances)(context.market, scale, distance.elasticity)
+    variance = sum(w * c for w, c in zip(distance.elasticity, covariance, strict=True))
+    return jnp.maximum(variance, 1e-20), covariance
 
 
 def price_at_barrier(price: Array, x: Array, slope: Array) -> Array:
@@ -83,3 +89,25 @@ def price_at_barrier(price: Array, x: Array, slope: Array) -> Array:
     For one asset this is the liquidation price itself. The clip only concerns crossings too improbable to be drawn.
     """
     return price * jnp.exp(jnp.clip(-x * slope, -4.0, 4.0))
+
+
+def crossing_and_prices(
+    context: Context, assets: tuple[int, ...], scale: Any, start: Array, now: Distance, prices: tuple[Array, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    """Probability that x touches 0 between the step ends, and the prices when it does.
+
+    Args:
+      context: market and clock.
+      assets: assets of the account.
+      scale: conditional scale of the step.
+      start: x at the start of the step.
+      now: distance at its end.
+      prices: relative prices at its end, in the order of `assets`.
+    """
+    variance, covariance = step_moments(now, assets, context, scale)
+
+    def touch(start, x, variance, covariance, prices):
+        hit = tuple(price_at_barrier(p, x, c / variance) for p, c in zip(prices, covariance, strict=True))
+        return bridge_crossing(start, x, variance), hit
+
+    return materialised(touch)(start, now.x, variance, covariance, prices)

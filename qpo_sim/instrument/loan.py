@@ -18,7 +18,7 @@ from qpo_sim.instrument.first_passage import (
     price_at_barrier,
     step_moments,
 )
-from qpo_sim.numerics import bridge_crossing, safe_log
+from qpo_sim.numerics import bridge_crossing, materialised, safe_log
 from qpo_sim.types import Array, Context
 from qpo_sim.venue import health_factor
 
@@ -50,13 +50,13 @@ class LoanShape(NamedTuple):
 
 
 class Check(NamedTuple):
-    """What settling needs: distances at both ends, variance, crossing probability, regression slopes and marks."""
+    """What settling needs: distances at both ends, variance, crossing probability, covariances with x and marks."""
 
     start: Array
     distance: Array
     variance: Array
     crossing: Array
-    slopes: tuple[Array, ...]
+    covariance: tuple[Array, ...]
     prices: tuple[Array, ...]
 
 
@@ -111,11 +111,15 @@ def debt_value(account: Loan, shape: LoanShape, prices: tuple[Array, ...]) -> Ar
 def distance(account: Loan, shape: LoanShape, debt_growth: Array | float, prices: tuple[Array, ...]) -> Distance:
     """Log health factor when the debt has grown by `debt_growth`."""
     n = len(shape.collateral_assets)
-    held = [account.threshold[i] * account.collateral[i] * prices[i] for i in range(n)]
-    owed = [debt_growth * account.debt[i] * price for i, price in enumerate(prices[n:])]
-    up = jnp.maximum(sum(held), 1e-12)
-    down = jnp.maximum(debt_growth * debt_value(account, shape, prices), 1e-12)
-    return Distance(safe_log(up / down), tuple(h / up for h in held) + tuple(-d / down for d in owed))
+
+    def from_prices(account, debt_growth, prices):
+        held = [account.threshold[i] * account.collateral[i] * prices[i] for i in range(n)]
+        owed = [debt_growth * account.debt[i] * price for i, price in enumerate(prices[n:])]
+        up = jnp.maximum(sum(held), 1e-12)
+        down = jnp.maximum(debt_growth * debt_value(account, shape, prices), 1e-12)
+        return Distance(safe_log(up / down), tuple(h / up for h in held) + tuple(-d / down for d in owed))
+
+    return materialised(from_prices)(account, debt_growth, prices)
 
 
 def margin_init(account: Loan, shape: LoanShape, one: Array) -> Array:
@@ -130,12 +134,12 @@ def margin_step(
     own = tuple(prices[i] for i in assets(shape))
     now = distance(account, shape, growth(context, account, t + 1), own)
     if options.bridge:
-        variance, slopes = step_moments(now, assets(shape), context, scale)
+        variance, covariance = step_moments(now, assets(shape), context, scale)
         crossing = bridge_crossing(state, now.x, variance)
     else:
-        variance, slopes = jnp.ones_like(now.x), (jnp.zeros_like(now.x),) * len(own)
+        variance, covariance = jnp.ones_like(now.x), (jnp.zeros_like(now.x),) * len(own)
         crossing = (now.x <= 0.0).astype(now.x.dtype)
-    return now.x, Check(state, now.x, variance, crossing, slopes, own)
+    return now.x, Check(state, now.x, variance, crossing, covariance, own)
 
 
 def _liquidated(
@@ -148,31 +152,34 @@ def _liquidated(
     debt_growth: Array,
     options: Options,
 ) -> Left:
-    prices = check.prices
-    health = jnp.exp(jnp.minimum(x, 0.0))
-    if options.bridge:
-        prices = tuple(price_at_barrier(p, x, s) for p, s in zip(prices, check.slopes, strict=True))
-        health = jnp.ones_like(x)
-    collateral = collateral_left * collateral_value(account, shape, prices)
-    debt = debt_left * debt_growth * debt_value(account, shape, prices)
-    values = [account.collateral[i] * prices[i] for i in range(len(shape.collateral_assets))]
-    bonus = sum(account.bonus[i] * value for i, value in enumerate(values)) / jnp.maximum(sum(values), 1e-12)
-    result = health_factor.liquidate(
-        collateral,
-        debt,
-        health,
-        bonus=bonus,
-        close_factor=account.close_factor,
-        full_close_health=account.full_close_health,
-        small_position=account.small_position,
-    )
-    removed = result.repaid + result.bad_debt
-    return Left(
-        collateral_left * (1.0 - result.seized / jnp.maximum(collateral, 1e-12)),
-        debt_left * (1.0 - removed / jnp.maximum(debt, 1e-12)),
-        removed - result.seized,
-        prices,
-    )
+    def liquidated(account, check, collateral_left, debt_left, x, debt_growth):
+        prices, health = check.prices, jnp.exp(jnp.minimum(x, 0.0))
+        if options.bridge:
+            slopes = (c / check.variance for c in check.covariance)
+            prices = tuple(price_at_barrier(p, x, s) for p, s in zip(prices, slopes, strict=True))
+            health = jnp.ones_like(x)
+        collateral = collateral_left * collateral_value(account, shape, prices)
+        debt = debt_left * debt_growth * debt_value(account, shape, prices)
+        values = [account.collateral[i] * prices[i] for i in range(len(shape.collateral_assets))]
+        bonus = sum(account.bonus[i] * value for i, value in enumerate(values)) / jnp.maximum(sum(values), 1e-12)
+        result = health_factor.liquidate(
+            collateral,
+            debt,
+            health,
+            bonus=bonus,
+            close_factor=account.close_factor,
+            full_close_health=account.full_close_health,
+            small_position=account.small_position,
+        )
+        removed = result.repaid + result.bad_debt
+        return Left(
+            collateral_left * (1.0 - result.seized / jnp.maximum(collateral, 1e-12)),
+            debt_left * (1.0 - removed / jnp.maximum(debt, 1e-12)),
+            removed - result.seized,
+            prices,
+        )
+
+    return materialised(liquidated)(account, check, collateral_left, debt_left, x, debt_growth)
 
 
 def left(
@@ -203,15 +210,18 @@ def drawn_step(
 ) -> Drawn:
     """Drawn branch after one step; part of the loan is closed where the uniform is below its crossing probability."""
     growth_before, growth_after = growth(context, account, t), growth(context, account, t + 1)
-    # Collateral and debt shrink proportionally, so a liquidation moves the distance by the log of their shares' ratio.
-    is_open = (state.debt_left > 1e-6) & (state.collateral_left > 1e-6)
-    offset = safe_log(jnp.where(is_open, state.collateral_left / jnp.maximum(state.debt_left, 1e-12), 1.0))
-    if options.bridge:
-        crossing = bridge_crossing(check.start + offset, check.distance + offset, check.variance)
-    else:
-        crossing = (check.distance + offset <= 0.0).astype(uniform.dtype)
-    hits = (is_open & (uniform < crossing)).astype(uniform.dtype)
-    x = check.distance + offset
+
+    def drawn(state, check, uniform):
+        # Collateral and debt shrink proportionally: a liquidation moves the distance by the log of their shares' ratio.
+        is_open = (state.debt_left > 1e-6) & (state.collateral_left > 1e-6)
+        offset = safe_log(jnp.where(is_open, state.collateral_left / jnp.maximum(state.debt_left, 1e-12), 1.0))
+        if options.bridge:
+            crossing = bridge_crossing(check.start + offset, check.distance + offset, check.variance)
+        else:
+            crossing = (check.distance + offset <= 0.0).astype(uniform.dtype)
+        return (is_open & (uniform < crossing)).astype(uniform.dtype), check.distance + offset
+
+    hits, x = materialised(drawn)(state, check, uniform)
     rest = _liquidated(account, shape, check, state.collateral_left, state.debt_left, x, growth_after, options)
     collateral_left = state.collateral_left + hits * (rest.collateral_left - state.collateral_left)
     debt_left = state.debt_left + hits * (rest.debt_left - state.debt_left)

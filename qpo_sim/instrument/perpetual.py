@@ -15,15 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from qpo_sim.instrument.first_passage import (
-    Distance,
-    Options,
-    ProfitAndLoss,
-    Survival,
-    price_at_barrier,
-    step_moments,
-)
-from qpo_sim.numerics import bridge_crossing, safe_log
+from qpo_sim.instrument.first_passage import Distance, Options, ProfitAndLoss, Survival, crossing_and_prices
+from qpo_sim.numerics import Pair, lookup, materialised, safe_log
 from qpo_sim.types import Array, Context
 from qpo_sim.venue import tiered_margin
 from qpo_sim.venue.tiered_margin import TierSchedule
@@ -110,29 +103,44 @@ def profit(account: Perpetual, prices: tuple[Array, ...]) -> Array:
     return sum(account.quantity[i] * (price - account.entry[i]) for i, price in enumerate(prices))
 
 
-def distance(account: Perpetual, margin: Array, prices: tuple[Array, ...]) -> Distance:
+def distance(account: Perpetual, margin: Array, prices: tuple[Array, ...], *, with_elasticity: bool = True) -> Distance:
     """Distance to liquidation with wallet balance `margin` at the given relative prices."""
-    up, down, constant = jnp.zeros_like(margin), jnp.zeros_like(margin), margin
-    terms = []
-    for i, price in enumerate(prices):
-        quantity = account.quantity[i]
-        long, short = jnp.maximum(quantity, 0.0), jnp.maximum(-quantity, 0.0)
-        schedule = TierSchedule(*(table[:, i] for table in account.schedule))
-        rate, deduction = tiered_margin.active_tier(schedule, (long + short) * price)
-        asset, liability = long * (1.0 - rate) * price, short * (1.0 + rate) * price
-        constant = constant + deduction - quantity * account.entry[i]
-        up, down = up + asset, down + liability
-        terms.append((asset, liability))
-    # An empty side is far away (or far gone), not infinite.
-    up = jnp.maximum(up + jnp.maximum(constant, 0.0), 1e-12)
-    down = jnp.maximum(down + jnp.maximum(-constant, 0.0), 1e-12)
-    return Distance(safe_log(up / down), tuple(asset / up - liability / down for asset, liability in terms))
+
+    def positions(account, prices):
+        # Price term of each position, positive on the side of the assets, and its tier's deduction.
+        terms = []
+        for i, price in enumerate(prices):
+            quantity = account.quantity[i]
+            schedule = TierSchedule(*(table[:, i] for table in account.schedule))
+            rate, deduction = tiered_margin.active_tier(schedule, jnp.abs(quantity) * price)
+            terms.append(Pair((quantity - jnp.abs(quantity) * rate) * price, deduction))
+        return tuple(terms)
+
+    def sides(account, margin, terms):
+        up, down, constant = jnp.zeros_like(margin), jnp.zeros_like(margin), margin
+        for i, (term, deduction) in enumerate(terms):
+            constant = constant + deduction - account.quantity[i] * account.entry[i]
+            up, down = up + jnp.maximum(term, 0.0), down + jnp.maximum(-term, 0.0)
+        # An empty side is far away (or far gone), not infinite.
+        up = jnp.maximum(up + jnp.maximum(constant, 0.0), 1e-12)
+        return Pair(up, jnp.maximum(down + jnp.maximum(-constant, 0.0), 1e-12))
+
+    def ratio(terms, sides):
+        up, down = sides
+        # What a unit returns is computed, used or not.
+        used = terms if with_elasticity else ()
+        elasticity = tuple(term.first / jnp.where(term.first > 0.0, up, down) for term in used)
+        return Distance(safe_log(up / down), elasticity)
+
+    # Without elasticities the terms have one reader, which may as well compute them.
+    terms = (materialised(positions) if with_elasticity else positions)(account, prices)
+    return materialised(ratio)(terms, materialised(sides)(account, margin, terms))
 
 
 def margin_init(account: Perpetual, shape: PerpetualShape, one: Array) -> MarginState:
     """State before the first step."""
     margin = account.margin * one
-    return MarginState(margin, distance(account, margin, (one,) * len(shape.assets)).x)
+    return MarginState(margin, distance(account, margin, (one,) * len(shape.assets), with_elasticity=False).x)
 
 
 def margin_step(
@@ -149,11 +157,9 @@ def margin_step(
     own = tuple(prices[i] for i in shape.assets)
     payment = sum(account.funding_rate[i] * account.quantity[i] * price for i, price in enumerate(own))
     margin = state.margin - _funding_stamps(context, shape, t) * payment
-    now = distance(account, margin, own)
+    now = distance(account, margin, own, with_elasticity=options.bridge)
     if options.bridge:
-        variance, slopes = step_moments(now, shape.assets, context, scale)
-        crossing = bridge_crossing(state.distance, now.x, variance)
-        hit = tuple(price_at_barrier(p, now.x, s) for p, s in zip(own, slopes, strict=True))
+        crossing, hit = crossing_and_prices(context, shape.assets, scale, state.distance, now, own)
     else:
         crossing, hit = (now.x <= 0.0).astype(margin.dtype), own
     gross = [jnp.abs(account.quantity[i]) * price for i, price in enumerate(hit)]
@@ -226,4 +232,4 @@ def _funding_stamps(context: Context, shape: PerpetualShape, t: Array) -> Array:
     # Stamps in (start, end] of the step; the run starts right after one.
     ends = np.arange(context.n_steps + 1) * context.step_hours / shape.funding_interval_hours
     stamps = np.diff(np.floor(ends + 1e-9))
-    return jnp.asarray(stamps, context.market.drift.dtype)[t]
+    return lookup(stamps.astype(context.market.drift.dtype), t)

@@ -110,10 +110,14 @@ def prepare(market: Market, *, sub_steps: int = 1) -> Prepared:
     )
 
 
-def step_covariance(prepared: Prepared, scale: Scale, i: int, j: int) -> Float[Array, " paths"]:
-    """Conditional covariance of the log-returns of assets i and j over one simulation step."""
-    covariance = select(scale.masks, prepared.covariance[:, i, j])
-    return covariance if prepared.mixing is None else covariance * scale.mixing * scale.mixing
+def gaussian_covariance(prepared: Prepared, scale: Scale, i: int, j: int) -> Float[Array, " paths"]:
+    """Covariance of the log-returns of assets i and j over one simulation step, given the regime and H = 1."""
+    return select(scale.masks, prepared.covariance[:, i, j])
+
+
+def mixing_square(prepared: Prepared, scale: Scale) -> Array | float:
+    """H^2, the factor of all conditional covariances of one simulation step."""
+    return 1.0 if prepared.mixing is None else scale.mixing * scale.mixing
 
 
 def stages(market: Market) -> tuple[Stage, ...]:
@@ -163,7 +167,7 @@ def stages(market: Market) -> tuple[Stage, ...]:
 
     def price_step(context: Context, t, state, upstream: Upstream):
         scale: Scale = upstream.state
-        z = [part[k].astype(dtype) for k in range(n_pairs) for part in upstream.output][: market.n_assets]
+        z = [z.astype(dtype) for pair in upstream.output for z in pair][: market.n_assets]
         prepared = context.market
         shocks = regime_matvec(prepared.factor, scale.masks, z)
         log_price = rows_like(

@@ -157,7 +157,8 @@ def _build(
             step_drift = drift_choice.user(_per_asset(per_year, assets) * years, correction)
 
     def cast(x: Any) -> Array:
-        return jnp.asarray(np.asarray(x, np.float64), dtype)
+        # Rounded by numpy: JAX would compile a program for each shape.
+        return jnp.asarray(np.asarray(x).astype(dtype))
 
     return Market(
         initial=cast(initial),

@@ -4,6 +4,7 @@ Both projections shift or shrink by one scalar, which bisection finds to roundin
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Float
 
@@ -79,9 +80,9 @@ def tangent_gross(gradient: Float[Array, " n"], point: Float[Array, " n"], *, gr
 
 def check_budget(budget: float, lower: Array, upper: Array, *, name: str = "weights") -> None:
     """Raises InputError unless some point meets the budget within the bounds."""
-    if bool(jnp.any(lower > upper)):
+    if np.any(lower > upper):
         raise InputError(f"{name}: a lower bound exceeds its upper bound, so no weights can meet both.")
-    least, most = float(jnp.sum(lower)), float(jnp.sum(upper))
+    least, most = float(np.sum(lower)), float(np.sum(upper))
     if not least <= budget + 1e-9:
         raise InputError(f"{name}: the lower bounds sum to {least:.6g}, above the budget of {budget:.6g}; lower them.")
     if not most >= budget - 1e-9:

@@ -19,17 +19,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Float
 
 from qpo_sim import random
 from qpo_sim.book.ledger import Book, Conditional
-from qpo_sim.compute.run import Engine, build_engine, device_mesh
+from qpo_sim.compute.run import Engine, build_engine
 from qpo_sim.errors import InputError, check_level
-from qpo_sim.market import model as market_model
 from qpo_sim.market.model import Market, MarketRecord
 from qpo_sim.optimize import constraints, objective, solve
+from qpo_sim.optimize.linear import prices_prepared
 from qpo_sim.optimize.solve import Solution
 from qpo_sim.simulate import Plan, check_fit, record_bytes, record_market, simulate_prepared
 from qpo_sim.types import DAYS_PER_YEAR, Array
@@ -99,18 +100,18 @@ def marked(book: Book) -> Book:
 
     Exact for linear contracts, whose equity depends on margin - quantity x entry only.
     """
-    accounts = tuple(
-        a._replace(margin=a.margin + jnp.sum(a.quantity * (1.0 - a.entry)), entry=jnp.ones_like(a.entry))
-        for a in book.perpetuals
-    )
-    return replace(book, perpetuals=accounts)
+    # In NumPy, as all that is done once and is small: each operation of JAX outside a program is a program to compile.
+    accounts = []
+    for account in book.perpetuals:
+        margin, quantity, entry = (np.asarray(x) for x in (account.margin, account.quantity, account.entry))
+        accounts.append(account._replace(margin=margin + np.sum(quantity * (1.0 - entry)), entry=np.ones_like(entry)))
+    return replace(book, perpetuals=tuple(accounts))
 
 
 def weights_of(book: Book) -> Weights:
     """Present weights of a book."""
-    quantities = [account.quantity for account in book.perpetuals]
-    empty = jnp.zeros(0, book.spot.dtype)
-    return Weights(book.spot, jnp.concatenate(quantities) if quantities else empty)
+    empty = np.zeros(0, book.spot.dtype)
+    return Weights(np.asarray(book.spot), np.concatenate([empty, *(account.quantity for account in book.perpetuals)]))
 
 
 def with_weights(book: Book, weights: Weights) -> Book:
@@ -171,20 +172,18 @@ def bounds_of(
                 f"optimizer.upper is {value:g} for {name}; it bounds the absolute weight, so take 0 or more."
             )
     dtype = book.spot.dtype
-    budget = float(jnp.sum(start.spot))
+    budget = float(np.sum(start.spot))
     if n_spot:
-        constraints.check_budget(
-            budget, jnp.asarray(low[:n_spot]), jnp.asarray(high[:n_spot]), name="optimizer: spot weights"
-        )
-    gross = float(jnp.sum(jnp.abs(start.perpetual))) if gross_leverage is None else float(gross_leverage)
+        constraints.check_budget(budget, low[:n_spot], high[:n_spot], name="optimizer: spot weights")
+    gross = float(np.sum(np.abs(start.perpetual))) if gross_leverage is None else float(gross_leverage)
     if gross < 0.0:
         raise InputError(f"optimizer.gross_leverage is {gross}; it must not be negative.")
     reach = np.minimum(high[n_spot:], 1e6)
     return Bounds(
-        Weights(jnp.asarray(low[:n_spot], dtype), jnp.asarray(-reach, dtype)),
-        Weights(jnp.asarray(high[:n_spot], dtype), jnp.asarray(reach, dtype)),
-        jnp.asarray(budget, dtype),
-        jnp.asarray(gross, dtype),
+        Weights(low[:n_spot].astype(dtype), -reach.astype(dtype)),
+        Weights(high[:n_spot].astype(dtype), reach.astype(dtype)),
+        np.asarray(budget, dtype),
+        np.asarray(gross, dtype),
     )
 
 
@@ -200,12 +199,15 @@ def project(weights: Weights, bounds: Bounds) -> Weights:
     return Weights(spot, perpetual)
 
 
+_project = jax.jit(project)
+
+
 def equal_weights(start: Weights, bounds: Bounds) -> Weights:
     """Spot shared equally; perpetual gross of the start shared equally with the start's signs; then made feasible."""
     n_spot, n_perpetual = start.spot.shape[0], start.perpetual.shape[0]
-    spot = jnp.full_like(start.spot, jnp.sum(start.spot) / max(n_spot, 1))
-    perpetual = jnp.sign(start.perpetual) * (jnp.sum(jnp.abs(start.perpetual)) / max(n_perpetual, 1))
-    return project(Weights(spot, perpetual), bounds)
+    spot = np.full_like(start.spot, np.sum(start.spot) / max(n_spot, 1))
+    perpetual = np.sign(start.perpetual) * (np.sum(np.abs(start.perpetual)) / max(n_perpetual, 1))
+    return _project(Weights(spot, perpetual), bounds)
 
 
 # ----------------------------------------------------------------------------- objective through the simulator
@@ -245,6 +247,7 @@ class Problem(NamedTuple):
     path: Array
     bounds: Bounds
     record: MarketRecord | None = None
+    prices: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,27 @@ class ThroughSimulator:
         return value
 
 
+@dataclass(frozen=True)
+class OnPrices:
+    """Objective of the weights of a book without accounts, on the matrix `Problem.prices` of its spot assets.
+
+    Such a book is worth its cash plus a product of weights and terminal prices, whatever happens on the way.
+
+    Pathwise gradient: weights.
+    """
+
+    name: str
+    level: float
+    risk_aversion: float
+
+    def __call__(self, weights: Weights, problem: Problem) -> Array:
+        """Objective of the terminal values, all of one weight."""
+        assert problem.prices is not None
+        value = lax.dot_general(weights.spot, problem.prices, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+        loss = 1.0 - (problem.book.cash + value)
+        return objective.bind(self.name, level=self.level, risk_aversion=self.risk_aversion)(loss, jnp.ones_like(loss))
+
+
 def _project_problem(weights: Weights, problem: Problem) -> Weights:
     return project(weights, problem.bounds)
 
@@ -316,13 +340,20 @@ RECORD_BYTES = 1 << 29
 def descend(
     start: Weights, problem: Problem, *, score: ThroughSimulator, optimizer: Any, n_iterations: int, keeps_paths: bool
 ) -> Solution:
-    """The whole optimisation as one program: market paths, then projected gradient steps through the ledger."""
-    if keeps_paths:
+    """The whole optimisation as one program: market paths, then projected gradient steps through the ledger.
+
+    A book without accounts needs the terminal prices only, and its steps no simulation.
+    """
+    objective_of: ThroughSimulator | OnPrices = score
+    if not problem.book.n_accounts:
+        problem = problem._replace(prices=spot_prices(problem, score))
+        objective_of = OnPrices(score.name, score.level, score.risk_aversion)
+    elif keeps_paths:
         record = record_market(problem.market, problem.prepared, problem.keys, problem.path, score.plan)
         problem = problem._replace(record=record)
     start = project(start, problem.bounds)
     return solve.minimize(
-        score,
+        objective_of,
         start,
         problem,
         project=_project_problem,
@@ -330,6 +361,22 @@ def descend(
         optimizer=optimizer,
         n_steps=n_iterations,
     )
+
+
+def spot_prices(problem: Problem, score: ThroughSimulator) -> Float[Array, "holdings paths"]:
+    """Terminal prices of the assets that a book holds, over those at the start; traceable."""
+
+    def on_device(prepared, keys, path):
+        return prices_prepared(problem.market, prepared, keys, path, score.plan)
+
+    prices = jax.shard_map(
+        on_device,
+        mesh=score.mesh,
+        in_specs=(Spec(), Spec(), Spec("paths")),
+        out_specs=Spec(None, "paths"),
+        check_vma=False,
+    )(problem.prepared, problem.keys, problem.path)
+    return prices[np.asarray(problem.book.spot_assets)]
 
 
 def optimize_weights(
@@ -393,20 +440,20 @@ def optimize_weights(
         dates=(n_steps,),
         attribution=False,
     )
-    smooth = replace(plan, drawn=False)
-    sub_steps = check_fit(market, book, plan)
+    smooth = replace(plan, drawn=False, remat="auto")
+    check_fit(market, book, plan)
     book = marked(book)
     start = weights_of(book)
     if start.spot.shape[0] + start.perpetual.shape[0] == 0:
         raise InputError("the book has neither spot nor perpetual positions, so there are no weights to choose.")
     bounds = bounds_of(book, lower=lower, upper=upper, gross_leverage=gross_leverage)
-    mesh = device_mesh(devices) if engine is None else engine.mesh
-    prepared = jax.jit(partial(market_model.prepare, sub_steps=sub_steps))(market)
+    engine = engine or build_engine(market, book, plan, n_paths=n_test_paths, seed=seed, devices=devices)
+    mesh = engine.mesh
     keys = random.stream_keys(seed)
     n_paths = _per_device(n_paths, mesh.devices.size)
-    path = jnp.arange(n_paths, dtype=jnp.uint32) + np.uint32(TRAIN_FIRST)
+    path = np.arange(TRAIN_FIRST, TRAIN_FIRST + n_paths, dtype=np.uint32)
     path = jax.device_put(path, NamedSharding(mesh, Spec("paths")))
-    problem = Problem(market, prepared, book, keys, path, bounds)
+    problem = Problem(market, engine.prepared, book, keys, path, bounds)
     solution = descend(
         start,
         problem,
@@ -415,17 +462,16 @@ def optimize_weights(
         n_iterations=n_iterations,
         keeps_paths=record_bytes(market, plan, n_paths) <= RECORD_BYTES,
     )
-    equal = equal_weights(start, bounds)
-    portfolios = {"start": start, "optimised": solution.point, "equal": equal}
+    best, equal = jax.device_get((solution.point, equal_weights(start, bounds)))
+    portfolios = {"start": start, "optimised": best, "equal": equal}
     books = {name: with_weights(book, w) for name, w in portfolios.items()}
-    engine = engine or build_engine(market, book, plan, n_paths=n_test_paths, seed=seed, devices=devices)
     comparison = compare(engine, books, level=level, n_paths=n_test_paths)
     flat = lambda w: np.concatenate([np.asarray(w.spot, np.float64), np.asarray(w.perpetual, np.float64)])  # noqa: E731
     return Optimum(
-        with_weights(book, solution.point),
+        books["optimised"],
         position_names(book),
         flat(start),
-        flat(solution.point),
+        flat(best),
         flat(equal),
         solution,
         comparison,
@@ -468,8 +514,9 @@ def compare(
         size = min(engine.size, n_paths - start)
         batches = {name: engine.batch(book, first_path + start) for name, book in books.items()}
         for name, arrays in batches.items():
-            losses[name].append(1.0 - np.asarray(arrays["equity"][-1], np.float64)[:size])
-            hits[name].append(np.asarray(arrays["hit_probability"][-1], np.float64)[:, :size])
+            equity, hit = (np.asarray(x, np.float64)[..., :size] for x in _at_end(arrays))
+            losses[name].append(1.0 - equity)
+            hits[name].append(hit)
     accounts = next(iter(books.values())).account_names
     days = engine.plan.n_steps * engine.plan.step_hours / 24.0
     rows: list[Comparison] = []
@@ -481,6 +528,12 @@ def compare(
             error = _error(influence)
             rows.append(Comparison(name, measure, value, error, value - base_value, _error(influence - base)))
     return rows
+
+
+@jax.jit
+def _at_end(arrays: dict[str, Any]) -> tuple[Array, Array]:
+    """Equity and probabilities of liquidation at the last date, so that the other dates need not be fetched."""
+    return arrays["equity"][-1], arrays["hit_probability"][-1]
 
 
 def _error(influence: np.ndarray) -> float:

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from qpo_sim.types import Array
+
+# Imported where it is used: it takes as long to import as pandas, and most jobs do not optimise.
+if TYPE_CHECKING:
+    import optax
 
 
 class Solution(NamedTuple):
@@ -20,8 +23,10 @@ class Solution(NamedTuple):
     trace: Array
 
 
-def adam(learning_rate: float, n_steps: int) -> optax.GradientTransformation:
+def adam(learning_rate: float, n_steps: int) -> "optax.GradientTransformation":
     """Adam with a cosine decay to a thousandth: large steps find the face, small ones settle on it."""
+    import optax
+
     schedule = optax.cosine_decay_schedule(learning_rate, n_steps, alpha=1e-3)
     return optax.adam(schedule, b1=0.9, b2=0.99)
 
@@ -33,7 +38,7 @@ def minimize(
     data: Any,
     *,
     project: Callable[[Any, Any], Any],
-    optimizer: optax.GradientTransformation,
+    optimizer: "optax.GradientTransformation",
     n_steps: int,
     tangent: Callable[[Any, Any, Any], Any] = lambda gradient, point, data: gradient,
 ) -> Solution:
@@ -51,6 +56,8 @@ def minimize(
       n_steps: gradient steps.
       tangent: `tangent(gradient, point, data)` takes from the gradient what the constraints answer to.
     """
+    import optax
+
     value_and_grad = jax.value_and_grad(objective)
 
     def body(carry, _):
