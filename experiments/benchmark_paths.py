@@ -1,10 +1,6 @@
 r"""How fast qpo_sim makes paths, next to NumPy and numba on the same workload in one interleaved run.
 
-Workload W1, 365 steps of 10 assets: three Markov regimes with drift $\mu_k$ and factor
-$C_k = \mathrm{diag}(\sigma_k)\,\mathrm{chol}(\rho_k)$; per step and path one mixing draw $g \sim \chi^2_{\nu_k}$ shared
-by all assets, so that $\log P$ grows by $\mu_k + \sqrt{(\nu_k-2)/g}\,C_k z$. One cross-margined account with a wallet
-of 1 holds positions of notional $\ell w_i$: equity $E = 1 - \ell + \ell \sum_i w_i P_i$, frozen (and not below 0) from
-the first step with $E \le m\,\ell \sum_i w_i P_i$; the running peak and the largest drawdown are kept.
+The workloads are those of `qpo_sim.bench.workload`: W1 has 10 assets and 365 steps, W3 100 assets and 100 steps.
 
 A second table times the shipped leveraged book (bridge monitoring, attribution) through the whole streaming run.
 
@@ -39,7 +35,8 @@ OURS, NUMPY, BOOK = "qpo_sim", "NumPy", "book"
 LEVELS = (0.95, 0.99)
 # Pairs of estimates differ by more than this many standard errors once in 16 000.
 MAX_DEVIATION = 4.0
-N_STEPS, N_ASSETS, N_PATHS = 365, 10, 16_384
+# Assets, steps and paths of each workload.
+WORKLOADS = {"W1": (10, 365, 16_384), "W3": (100, 100, 4096)}
 
 Implementation = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
@@ -48,6 +45,7 @@ Implementation = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
 class Sizes:
     """How much is simulated; the book table is left out with `book_paths` = 0."""
 
+    workload: str
     paths: int
     steps: int
     book_paths: int
@@ -55,119 +53,45 @@ class Sizes:
     devices: int
 
 
-# ----------------------------------------------------------------------------- the workload
-
-
-def workload(n_assets: int = N_ASSETS, seed: int = 7) -> dict[str, Any]:
-    """Parameters of W1 by the names that the reference baselines read (see the module)."""
-    rng = np.random.default_rng(seed)
-    per_year = 0.5 + 0.6 * rng.random(n_assets)
-    volatility = np.outer([0.6, 1.0, 2.0], per_year / np.sqrt(365.0))
-    mu = (np.array([[0.45], [0.05], [-1.2]]) - 0.5 * per_year**2) / 365.0
-    factor = []
-    for k, rho in enumerate((0.35, 0.55, 0.85)):
-        correlation = (1.0 - rho) * np.eye(n_assets) + rho
-        factor.append(volatility[k][:, None] * np.linalg.cholesky(correlation))
-    transition = np.array([[0.985, 0.013, 0.002], [0.020, 0.970, 0.010], [0.010, 0.060, 0.930]])
-    weight = rng.random(n_assets) + 0.5
-    return {
-        "A": n_assets, "mu": mu, "nu": np.array([6.3, 4.7, 3.4]), "C": np.stack(factor), "P": transition,
-        "cum": np.cumsum(transition, axis=1)[:, :2], "w": weight / weight.sum(), "lev": 1.5, "mm": 0.10, "s0": 1,
-    }  # fmt: skip
-
-
-def numpy_paths(
-    model: dict[str, Any], n_paths: int, n_steps: int, seed: int, chunk: int = 4096
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Profit, liquidation and largest drawdown in vectorised NumPy, float32, in chunks that stay in the cache."""
-    single = np.float32
-    n_assets, dof, start = model["A"], model["nu"], model["s0"]
-    factor = np.concatenate(list(model["C"]), axis=1).astype(single)
-    drift, cuts, weight = model["mu"].astype(single), model["cum"].astype(single), model["w"].astype(single)
-    leverage, rate = single(model["lev"]), single(model["mm"])
-    # The fastest generator numpy has.
-    rng = np.random.Generator(np.random.SFC64(seed))
-    finished = []
-    for first in range(0, n_paths, chunk):
-        n = min(chunk, n_paths - first)
-        log_price, by_regime = np.zeros((n_assets, n), single), np.empty((3 * n_assets, n), single)
-        regime = np.full(n, start)
-        equity, peak, drawdown, alive = np.ones(n, single), np.ones(n, single), np.zeros(n, single), np.ones(n, bool)
-        for _ in range(n_steps):
-            u = rng.random(n, dtype=single)
-            regime = (u > cuts[regime, 0]).astype(np.intp) + (u > cuts[regime, 1])
-            z = rng.standard_normal((n_assets, n), dtype=single)
-            chi2 = 2.0 * rng.standard_gamma(0.5 * dof[regime])
-            z *= np.sqrt((dof[regime] - 2.0) / chi2).astype(single)
-            # One product with the three factors side by side, each fed only the paths in its regime.
-            for k in range(3):
-                np.multiply(z, regime == k, out=by_regime[k * n_assets : (k + 1) * n_assets])
-            log_price += factor @ by_regime
-            log_price += drift[regime].T
-            value = leverage * (weight @ np.exp(log_price))
-            now = 1 - leverage + value
-            equity = np.where(alive, now, equity)
-            np.maximum(peak, equity, out=peak)
-            np.maximum(drawdown, 1 - equity / peak, out=drawdown)
-            alive &= now > rate * value
-        finished.append((equity - 1, ~alive, drawdown))
-    profit, liquidated, drawdown = (np.concatenate(part) for part in zip(*finished, strict=True))
-    return profit, liquidated, drawdown
-
-
 # ----------------------------------------------------------------------------- implementations
 
 
 def start_jax(devices: int) -> None:
     """One host device per core, which JAX takes only before it is imported; no cache, so that compiling is timed."""
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={devices} "
-        + os.environ.get("XLA_FLAGS", "")
-    ).strip()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    import qpo_sim
+
+    qpo_sim.use_cores(devices)
     import jax
 
     jax.config.update("jax_platforms", "cpu")
 
 
+def workload(n_assets: int = 10) -> dict[str, Any]:
+    """Parameters by the names that the reference baselines read."""
+    from qpo_sim.bench import workload
+
+    return workload.parameters(n_assets)
+
+
 def market_of(model: dict[str, Any], assets: tuple[str, ...]) -> Any:
-    """The workload's market, with the mixing scale left uncut as the baselines leave it."""
-    import jax.numpy as jnp
+    """The workload's market."""
+    from qpo_sim.bench import workload
 
-    from qpo_sim.market.model import Market
-
-    volatility = np.sqrt(np.einsum("kij,kij->ki", model["C"], model["C"]))
-    parts = (
-        np.eye(3)[model["s0"]],
-        model["P"],
-        model["mu"],
-        volatility,
-        model["C"] / volatility[:, :, None],
-        model["nu"],
-    )
-    return Market(*(jnp.asarray(part, jnp.float32) for part in parts), assets=assets, mixing_cut=0.0)
+    return workload.market_of(model, assets)
 
 
 def qpo_sim_paths(model: dict[str, Any], sizes: Sizes) -> tuple[Implementation, float]:
     """The compiled batch of qpo_sim and the seconds it took to compile."""
     import jax
 
-    from qpo_sim.book import build_book
+    from qpo_sim.bench import workload
     from qpo_sim.compute.run import build_engine
     from qpo_sim.simulate import Plan
-    from qpo_sim.venue import TieredMargin
 
-    assets = tuple(f"A{i}" for i in range(model["A"]))
-    market = market_of(model, assets)
-    account = {
-        "name": "account",
-        "venue": TieredMargin(tiers={"default": [[0, model["mm"], 150]]}),
-        "mode": "cross",
-        "margin": 1.0,
-        "positions": dict(zip(assets, (model["lev"] * model["w"]).tolist(), strict=True)),
-    }
-    book = build_book(assets, perpetuals=[account])
+    assets = workload.names(model)
+    market, book = workload.market_of(model, assets), workload.book_of(model, assets)
     plan = Plan(sizes.steps, monitoring="step", attribution=False, dates=(sizes.steps,))
     engine = build_engine(market, book, plan, n_paths=sizes.paths, devices=sizes.devices)
 
@@ -189,17 +113,19 @@ def implementation(name: str, model: dict[str, Any], sizes: Sizes, reference: An
     if name == OURS:
         return qpo_sim_paths(model, sizes)
     if name == NUMPY:
+        from qpo_sim.bench.workload import numpy_paths
+
         return lambda seed: numpy_paths(model, sizes.paths, sizes.steps, seed), 0.0
     run = reference.IMPL[name]
 
     def paths(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return run("W1", model, sizes.paths, sizes.steps, seed)
+        return run(sizes.workload, model, sizes.paths, sizes.steps, seed)
 
     if name == "numpy":
         return paths, 0.0
     # The first call compiles; two steps of work beside it do not count.
     clock = time.perf_counter()
-    run("W1", model, 256, 2, 0)
+    run(sizes.workload, model, 256, 2, 0)
     return paths, time.perf_counter() - clock
 
 
@@ -272,7 +198,7 @@ def measure_alone(name: str, sizes: Sizes, folder: Path) -> dict[str, float]:
     if name == BOOK:
         return run_book(sizes)
     reference = load_reference(folder)[0] if name in REFERENCE else None
-    function, compile_seconds = implementation(name, workload(), sizes, reference)
+    function, compile_seconds = implementation(name, workload(WORKLOADS[sizes.workload][0]), sizes, reference)
     before = peak_mib()
     function(0)
     return {"compile": compile_seconds, "peak": peak_mib(), "grown": peak_mib() - before}
@@ -430,15 +356,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--baselines", type=Path, default=ROOT.parent / "shared" / "bench" / "perf",
                         help="folder with baselines.py (default: ../shared/bench/perf beside the project)")  # fmt: skip
     parser.add_argument("--repetitions", type=int, help="timed repetitions of each implementation (default 5)")
-    parser.add_argument("--paths", type=int, help=f"paths of W1 per repetition (default {N_PATHS})")
-    parser.add_argument("--steps", type=int, help=f"steps of W1 (default {N_STEPS})")
+    parser.add_argument("--workload", choices=WORKLOADS, default="W1", help="W1: 10 assets (default), W3: 100 assets")
+    parser.add_argument("--paths", type=int, help="paths per repetition (default 16384 for W1, 4096 for W3)")
+    parser.add_argument("--steps", type=int, help="steps (default 365 for W1, 100 for W3)")
     parser.add_argument("--book-paths", type=int, help="paths of the leveraged book, 0 to leave it out (default 10^6)")
     parser.add_argument("--book-steps", type=int, help="steps of the leveraged book (default 30)")
     parser.add_argument("--devices", type=int, default=n_cores(), help="host devices (default: one per core)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes in one process: shows that it runs")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    usual = {"repetitions": 5, "paths": N_PATHS, "steps": N_STEPS, "book_paths": 1_000_000, "book_steps": 30}
+    _, steps, paths = WORKLOADS[options.workload]
+    usual = {"repetitions": 5, "paths": paths, "steps": steps, "book_paths": 1_000_000, "book_steps": 30}
     tiny = {"repetitions": 2, "paths": 1024, "steps": 8, "book_paths": 2048, "book_steps": 3}
     for name, value in (tiny if options.quick else usual).items():
         if getattr(options, name) is None:
@@ -453,13 +381,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Prints the tables; 1 when the implementations disagree."""
     options = parse(arguments)
-    sizes = Sizes(options.paths, options.steps, options.book_paths, options.book_steps, options.devices)
+    sizes = Sizes(
+        options.workload, options.paths, options.steps, options.book_paths, options.book_steps, options.devices
+    )
     if options.alone:
         print(json.dumps(measure_alone(options.alone, sizes, options.baselines)))
         return 0
     load = load_text()
     start_jax(sizes.devices)
-    model = workload()
+    model = workload(WORKLOADS[options.workload][0])
     reference, names, missing = load_reference(options.baselines)
     if missing:
         print(f"{missing}\n")
@@ -474,9 +404,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     work = float(sizes.paths * sizes.steps * model["A"])
     print(
-        f"W1: {sizes.paths} paths x {sizes.steps} steps x {model['A']} assets, {options.repetitions} interleaved "
-        f"repetitions, {sizes.devices} device(s), {n_cores()} core(s), load before the run {load}. CPU time counts "
-        f"every thread; ns are per path-step-asset.\n"
+        f"{sizes.workload}: {sizes.paths} paths x {sizes.steps} steps x {model['A']} assets, {options.repetitions} "
+        f"interleaved repetitions, {sizes.devices} device(s), {n_cores()} core(s), load before the run {load}. "
+        f"CPU time counts every thread; ns are per path-step-asset.\n"
     )
     print(speed_table(times, alone, work))
     text, largest = agreement_table(results)

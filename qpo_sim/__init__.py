@@ -2,7 +2,8 @@
 
 `import qpo_sim as qpo` gives the pieces of the main path: `qpo.load_prices`, `qpo.log_returns`, `qpo.calibrate`,
 `qpo.regime_student_t` (or `qpo.gbm`), `qpo.build_book`, `qpo.run`, `qpo.measures`, `qpo.optimize_weights`. All of them
-are plain functions on pytrees; `qpo.simulate_paths` is the differentiable core.
+are plain functions on pytrees; `qpo.simulate_paths` is the differentiable core. `qpo.use_cores()`, called first, lets
+runs use every core.
 """
 
 import importlib
@@ -31,6 +32,7 @@ _HOMES = {
     "regime_student_t": "qpo_sim.market",
     "run": "qpo_sim.compute",
     "simulate_paths": "qpo_sim.simulate",
+    "use_cores": "qpo_sim.config.host",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "regime_student_t",
     "run",
     "simulate_paths",
+    "use_cores",
     "__version__",
 ]
 
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from qpo_sim.book import Book, build_book
     from qpo_sim.calibration import calibrate
     from qpo_sim.compute import run
+    from qpo_sim.config.host import use_cores
     from qpo_sim.data import load_prices, log_returns
     from qpo_sim.errors import InputError
     from qpo_sim.market import Market, gbm, regime_student_t

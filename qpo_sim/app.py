@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpo_sim.config.compose import conf_folder, explain, hydra_main_options, offer_venues, to_config, user_cache_folder
+from qpo_sim.config.host import use_cores
 from qpo_sim.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
       0 when all is well, 2 for bad input, 3 when a risk limit is breached beyond its error bar; with several jobs
       (`-m`), the greatest.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--version" in arguments:
+        print(_versions())
+        return OK
+
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -44,11 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from qpo_sim.config.callback import RejectedError
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
     has_own_traceback = bool(os.environ.get("HYDRA_FULL_ERROR"))
-    if "--version" in arguments:
-        print(_versions())
-        return OK
     has_started = False
     codes: list[int] = []
 
@@ -106,10 +108,17 @@ def run_job(composed: Any) -> int:
     is_new = {entry.name for entry in folder.iterdir()} <= {hydra_config.output_subdir}
     try:
         config = to_config(composed)
-        set_up_jax(config.compute)
-        from qpo_sim.jobs import run
+        progress = _progress_bar()
+        # JAX and pandas take a second to import, longer from a cold disk.
+        with progress(desc="starting", bar_format="{desc}", leave=False):
+            if config.job == "bench":
+                # Read when numpy is imported: a second BLAS thread would only spin and be counted as NumPy's work.
+                os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+                os.environ.setdefault("MKL_NUM_THREADS", "1")
+            set_up_jax(config.compute)
+            from qpo_sim.jobs import run
 
-        return run(config, folder, _progress_bar())
+        return run(config, folder, progress)
     except InputError as error:
         if hydra_config.mode != RunMode.RUN:
             # Of several jobs the others go on, and each keeps its folder: its log says why it has no result.
@@ -129,28 +138,19 @@ def set_up_jax(compute: ComputeConfig) -> None:
     Raises:
       InputError: more devices are asked for than JAX, already started by an earlier job, has.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_cpu_multi_thread_eigen" not in flags:
-        # One device per core already: threads inside a device would only get in their way.
-        flags = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
-        os.environ["XLA_FLAGS"] = flags
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        use_cores(compute.devices)
+    except InputError as error:
+        import jax
 
-    import jax
-
-    n_devices = compute.devices
-    if n_devices is None and "xla_force_host_platform_device_count" not in flags:
-        n_devices = _n_cores()
-    if n_devices is not None:
-        try:
-            jax.config.update("jax_num_cpu_devices", n_devices)
-        except RuntimeError as error:
-            available = len(jax.devices())
-            if compute.devices is not None and compute.devices > available:
-                raise InputError(
-                    f"compute.devices={compute.devices} cannot be had: JAX has started with {available} in this "
-                    "process, so run it on its own, or with hydra/launcher=joblib"
-                ) from error
+        # An earlier job of this process has started JAX; what it has may be enough.
+        available = len(jax.devices())
+        if compute.devices is not None and compute.devices > available:
+            raise InputError(
+                f"compute.devices={compute.devices} cannot be had: JAX has started with {available} in this "
+                "process, so run it on its own, or with hydra/launcher=joblib"
+            ) from error
     _set_up_compilation_cache(compute)
 
 
@@ -171,14 +171,6 @@ def _set_up_compilation_cache(compute: ComputeConfig) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     # By default only programs that took over a second are kept: most of ours do not.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-def _n_cores() -> int:
-    """Cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        return os.cpu_count() or 1
 
 
 def _progress_bar() -> Any:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from qpo_sim import calibration, data, optimize, venue
 from qpo_sim import compute as engine
+from qpo_sim.bench import ratios
 from qpo_sim.book import ACCOUNTS, Book, build_book
 from qpo_sim.calibration import RegimeFit
 from qpo_sim.compute.run import Progress, Run
@@ -21,7 +22,7 @@ from qpo_sim.config import Timeline, check_assets, timeline
 from qpo_sim.config.schema import Config, RegimeStudentTMarket
 from qpo_sim.errors import InputError
 from qpo_sim.market import Market, presets
-from qpo_sim.report import RunReport, terminal_summary, write_report
+from qpo_sim.report import RunReport, terminal_summary, write_csv, write_json, write_report
 from qpo_sim.risk import summary
 from qpo_sim.risk.limits import BREACHED, judge
 from qpo_sim.risk.summary import Measure
@@ -73,20 +74,29 @@ def run(config: Config, folder: Path, progress: ProgressBar) -> int:
       progress: maker of progress bars, `progress(total=..., desc=...)`.
 
     Returns:
-      0, or 3 when a risk limit is breached beyond its error bar.
+      0, or 3 when a risk limit is breached beyond its error bar or, for job=bench, a ratio has fallen.
 
     Raises:
       InputError: the data or the options do not fit together.
     """
-    session = open_session(config)
+    with _status(progress, "reading prices, fitting the market"):
+        session = open_session(config)
+    if config.job == "bench":
+        return bench_job(session, folder, progress)
     report = {"risk": risk_job, "optimize": optimize_job, "calibrate": calibrate_job, "replay": replay_job}[config.job](
         session, progress
     )
-    written = write_report(report, folder, parquet=config.report.parquet, html=config.report.html)
+    with _status(progress, "writing the report"):
+        written = write_report(report, folder, parquet=config.report.parquet, html=config.report.html)
     print(terminal_summary(report, written))
     if report.limits is not None and BREACHED in set(report.limits["status"]):
         return LIMIT_BREACHED
     return OK
+
+
+def _status(progress: ProgressBar, text: str) -> Any:
+    """A line on the terminal while something runs that has no steps to count."""
+    return progress(desc=text, bar_format="{desc}", leave=False)
 
 
 # ----------------------------------------------------------------------------- building
@@ -344,6 +354,36 @@ def _events(session: Session, frame: pd.DataFrame, record: Any, regime: np.ndarr
 # ----------------------------------------------------------------------------- simulation and its tables
 
 
+def bench_job(session: Session, folder: Path, progress: ProgressBar) -> int:
+    """Measures speed as ratios, writes bench.csv and manifest.json, and judges them against the references."""
+    options = session.config.bench
+    with progress(total=ratios.n_calls(options.repetitions), desc="measuring") as bar:
+        rows = ratios.measure(
+            session.market,
+            session.book,
+            n_steps=session.n_steps,
+            step_hours=session.step_hours,
+            monitoring=session.config.simulation.monitoring,
+            repetitions=options.repetitions,
+            tick=lambda: bar.update(1),
+        )
+    references = vars(options.reference)
+    verdicts = [ratios.judge(row.ratio, references[row.name], options.tolerance) for row in rows]
+    table = pd.DataFrame([row._asdict() for row in rows])
+    table["reference"], table["verdict"] = [references[row.name] for row in rows], verdicts
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "bench.csv", table)
+    write_json(folder / "manifest.json", _manifest(session))
+    print(f"Speed by process CPU time, smallest of {options.repetitions} rounds; more is better.\n")
+    for row, verdict in zip(rows, verdicts, strict=True):
+        reference = references[row.name]
+        judged = verdict if reference is None else f"{verdict} (reference {reference:.2f})"
+        costs = f"{row.of} {row.numerator:.3g}, {row.over} {row.denominator:.3g} {row.unit}"
+        print(f"  {row.name:17} {row.ratio:6.2f}  {judged:26} {costs}")
+    print(f"\nresults     {folder / 'bench.csv'}")
+    return LIMIT_BREACHED if ratios.SLOWER in verdicts else OK
+
+
 def simulate_book(session: Session, progress: ProgressBar) -> tuple[Run, pd.DataFrame]:
     """The streamed run and its running estimates."""
     config = session.config
@@ -352,12 +392,15 @@ def simulate_book(session: Session, progress: ProgressBar) -> tuple[Run, pd.Data
     rows: list[tuple[int, str, float, float, float]] = []
     mark = 1
 
-    with progress(total=config.simulation.n_paths, desc="paths", unit="path") as bar:
+    with progress(total=config.simulation.n_paths, desc="compiling", unit="path") as bar:
 
         def after_batch(state: Progress) -> None:
             nonlocal mark
             last = len(state.partial.tails) - 1
             var, cvar = summary.tail_measures(state.partial, last, level)
+            bar.set_description("paths", refresh=False)
+            # The rate and the time left are those of the simulation, without the compilation before it.
+            bar.start_t = time.time() - state.seconds
             bar.set_postfix_str(
                 f"CVaR{100 * level:g} {100 * float(cvar.value):.2f} ± {100 * float(cvar.std_error):.2f} %"
             )
@@ -379,6 +422,7 @@ def simulate_book(session: Session, progress: ProgressBar) -> tuple[Run, pd.Data
             horizons=session.timeline.horizon_steps,
             chunk_size=config.simulation.chunk_size,
             devices=config.compute.devices,
+            kernel=config.simulation.kernel,
             progress=after_batch,
         )
     session.timings.update(finished.timings)
@@ -573,6 +617,7 @@ def _manifest(session: Session, finished: Run | None = None) -> dict[str, Any]:
         content["calibration"] = fit.summary()
     if finished is not None:
         content["paths_not_finite"] = finished.partial.n_not_finite
+        content["kernel"] = {"name": finished.kernel, "reason": finished.engine.kernel_reason}
     return content
 
 

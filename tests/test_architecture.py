@@ -34,7 +34,9 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "report": set(),
     "config": set(),
+    "bench": {"random", "market", "venue", "book", "simulate", "compute", "optimize"},
     "jobs": {
+        "bench",
         "market", "venue", "instrument", "book", "simulate", "compute", "risk", "optimize", "calibration", "data",
         "report", "config",
     },

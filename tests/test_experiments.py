@@ -1,4 +1,4 @@
-"""The benchmark script runs and says what it promises."""
+"""The benchmark scripts run and say what they promise."""
 
 import importlib.util
 import os
@@ -11,11 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _quick(*arguments: str) -> str:
+def _quick(*arguments: str, script: str = "benchmark_paths.py") -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
-    script = ROOT / "experiments" / "benchmark_paths.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--quick", *arguments],
+        [sys.executable, str(ROOT / "experiments" / script), "--quick", *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -57,3 +56,15 @@ def test_quick_benchmark_with_the_reference_baselines(shared):
         assert "numba cannot be imported" in output
     else:
         assert {"numba (reference)", "numba SIMD (reference)"} <= names
+
+
+def test_quick_reduction_benchmark_prints_its_tables():
+    rows = _rows(_quick("--devices", "1", script="benchmark_reduction.py"))
+    costs = {row[0]: [float(cell) for cell in row[1:]] for row in rows if len(row) == 3 and row[1][:1].isdigit()}
+    assert {"whole reduction", "exact sums", "np.sort", "jnp.sort", "histogram with sums"} <= set(costs)
+    assert len(costs) == 10 and costs["whole reduction"][1] == costs["np.sort"][1] == 1.0
+    assert all(cost > 0.0 for cost, _ in costs.values())
+    errors = {row[0]: [abs(float(cell)) for cell in row[1:]] for row in rows if len(row) == 7 and "e" in row[1]}
+    assert len(errors) == 5 and "leveraged book, 30 days" in errors
+    for of_law in errors.values():
+        assert max(of_law[::2]) < 5e-4 and max(of_law[1::2]) < 1e-5

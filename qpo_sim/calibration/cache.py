@@ -20,7 +20,7 @@ from qpo_sim.calibration.fit import RegimeFit
 from qpo_sim.calibration.fitting import calibrate
 from qpo_sim.calibration.inputs import read_returns
 
-FORMAT = 1  # raise it whenever the fit or the file changes, so that old files are no longer found
+FORMAT = 2  # raise it whenever the fit or the file changes, so that old files are no longer found
 
 _PLAIN = ("log_likelihood", "aic", "bic", "n_parameters", "n_observations", "n_iterations", "converged", "step_hours")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)

@@ -126,7 +126,14 @@ def fit_restarts(observations: Observations, params: Params, settings: Settings,
       settings: see `Settings`.
       is_dof_fixed: keep the dof.
     """
-    return _fit_restarts(observations, params, settings, is_dof_fixed)
+    arguments = (observations, params, settings, is_dof_fixed)
+    try:
+        return _fit_restarts_quick(*arguments)
+    except jax.errors.JaxRuntimeError as error:
+        # The options of the compiler are not part of JAX's interface.
+        if "No such compile option" not in str(error):
+            raise
+        return _fit_restarts(*arguments)
 
 
 class _Climb(NamedTuple):
@@ -161,7 +168,10 @@ def _fit_one(observations, params, settings, is_dof_fixed):
     return Fits(end.params, end.regimes, rows, end.n_iterations, end.gain <= settings.tolerance)
 
 
-_fit_restarts = jax.jit(jax.vmap(_fit_one, in_axes=(None, 0, None, None)), static_argnums=3)
+_fit_all = jax.vmap(_fit_one, in_axes=(None, 0, None, None))
+_fit_restarts = jax.jit(_fit_all, static_argnums=3)
+# XLA's newer emitters of CPU code take twice as long to compile these many small loops, which run no faster for it.
+_fit_restarts_quick = jax.jit(_fit_all, static_argnums=3, compiler_options={"xla_cpu_use_fusion_emitters": False})
 
 
 def _em_step(observations, params, settings, is_dof_fixed):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from qpo_sim.config.schema import (
     MEASURES_WITH_LEVEL,
+    BenchConfig,
     BookConfig,
     CalibrationConfig,
     Config,
@@ -72,6 +73,7 @@ def check(config: Config) -> None:
     _check_simulation(config.simulation)
     _check_risk(config.risk, config.book)
     _check_optimizer(config.optimizer)
+    _check_bench(config.bench)
     if config.job == "replay":
         _between("path", config.path, 0, config.simulation.n_paths - 1, "the paths are numbered from 0")
     if config.compute.devices is not None:
@@ -529,3 +531,11 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
             _between(f"optimizer.{side}{name and f'.{name}'}", value, -1000.0, 1000.0)
     if isinstance(optimizer.lower, float) and isinstance(optimizer.upper, float) and optimizer.lower > optimizer.upper:
         raise InputError(f"optimizer.lower={optimizer.lower:g} is above optimizer.upper={optimizer.upper:g}: swap them")
+
+
+def _check_bench(bench: BenchConfig) -> None:
+    _between("bench.repetitions", bench.repetitions, 1, 1000)
+    _between("bench.tolerance", bench.tolerance, 0.0, 1.0)
+    for name, ratio in vars(bench.reference).items():
+        if ratio is not None:
+            _positive(f"bench.reference.{name}", ratio)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Job = Literal["risk", "optimize", "calibrate", "replay"]
+Job = Literal["risk", "optimize", "calibrate", "replay", "bench"]
 
 Measure = Literal[
     "value_at_risk",
@@ -294,6 +294,7 @@ class SimulationConfig:
       step_hours: length of a step, which must divide the data's; None takes the data's.
       chunk_size: paths in one compiled call, a power of two.
       monitoring: liquidations between steps: "bridge" (Brownian-bridge crossing) or "step" (only at steps).
+      kernel: what runs the time loop: "scan", "fused" (one GPU kernel) or "auto" (fused on a GPU where it can be).
     """
 
     n_paths: int
@@ -302,6 +303,7 @@ class SimulationConfig:
     step_hours: float | None = None
     chunk_size: int
     monitoring: Literal["bridge", "step"]
+    kernel: Literal["auto", "scan", "fused"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,6 +392,42 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchReference:
+    """Ratios as measured before; more is better. None: shown, not judged.
+
+    Attributes:
+      paths: NumPy's cost over ours, 10 assets.
+      paths_100_assets: the same, 100 assets.
+      book: cost of the 10-asset paths over that of the book's paths.
+      reduction: cost of the book's paths over that of reducing them.
+      gradient: cost of the objective over that of the objective and its gradient.
+      sketch: cost of sorting losses over that of counting them.
+    """
+
+    paths: float | None = None
+    paths_100_assets: float | None = None
+    book: float | None = None
+    reduction: float | None = None
+    gradient: float | None = None
+    sketch: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """How speed is measured and what it is held against (job=bench).
+
+    Attributes:
+      repetitions: timed rounds; the smallest time counts.
+      tolerance: share by which a ratio may fall below its reference.
+      reference: ratios as measured before.
+    """
+
+    repetitions: int = 5
+    tolerance: float = 0.2
+    reference: BenchReference = field(default_factory=BenchReference)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """What is written.
 
@@ -419,6 +457,7 @@ class Config:
       risk: what is measured.
       optimizer: how better weights are sought.
       compute: where it is computed.
+      bench: how speed is measured.
       report: what is written.
     """
 
@@ -434,4 +473,5 @@ class Config:
     risk: RiskConfig
     optimizer: OptimizerConfig
     compute: ComputeConfig
+    bench: BenchConfig
     report: ReportConfig

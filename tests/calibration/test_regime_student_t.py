@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy import integrate, stats
 
-from qpo_sim.calibration import calibrate, filter_regimes
+from qpo_sim.calibration import calibrate, filter_regimes, regime_student_t
 from qpo_sim.calibration.inputs import pack
 from qpo_sim.calibration.regime_student_t import Params, Settings, em_step, evaluate
 from qpo_sim.calibration.starts import starting_params
@@ -97,6 +97,15 @@ def test_the_fit_is_a_stationary_point_of_the_penalised_likelihood(record):
     for name, leaf in slope.items():
         leaf = np.tril(leaf) if name == "root" else np.asarray(leaf)
         assert np.abs(leaf).max() < 5e-3, name
+
+
+def test_a_compiler_without_the_option_fits_without_it(monkeypatch):
+    def refuse(*arguments):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option: 'xla_cpu_use_fusion_emitters'")
+
+    monkeypatch.setattr(regime_student_t, "_fit_restarts_quick", refuse)
+    monkeypatch.setattr(regime_student_t, "_fit_restarts", lambda *arguments: arguments)
+    assert regime_student_t.fit_restarts(1, 2, 3, is_dof_fixed=True) == (1, 2, 3, True)
 
 
 def test_one_regime_is_the_univariate_t_maximum_likelihood_fit():

@@ -11,6 +11,7 @@ import pytest
 
 from qpo_sim import app
 from qpo_sim.config.compose import user_cache_folder
+from qpo_sim.config.host import use_cores
 from qpo_sim.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,7 +203,9 @@ def test_devices_and_cache_are_set_before_jax_starts(tmp_path):
     told = outcome(python(JOB, tmp_path, "compute.devices=3"))
     assert told["devices"] == 3
     assert told["cache"] == str(tmp_path / "cache" / "qpo_sim" / "compiled")
-    assert "--xla_cpu_multi_thread_eigen=false" in told["flags"]
+    assert told["flags"].split() == [
+        "--xla_cpu_multi_thread_eigen=false", "--xla_backend_extra_options=-force-vector-interleave=2"
+    ]  # fmt: skip
     assert any((tmp_path / "cache" / "qpo_sim" / "compiled").iterdir())
 
 
@@ -212,6 +215,8 @@ def test_the_users_environment_is_kept(tmp_path):
     assert told["devices"] == 2
     assert told["cache"] == str(tmp_path / "other")
     assert flags in told["flags"]
+    own = "--xla_backend_extra_options=-force-vector-interleave=1 --xla_cpu_multi_thread_eigen=true"
+    assert outcome(python(JOB, tmp_path, XLA_FLAGS=own))["flags"] == own
 
 
 def test_cache_can_be_switched_off_or_moved(tmp_path):
@@ -231,3 +236,39 @@ def test_devices_cannot_change_between_jobs_of_one_process(tmp_path):
     assert done.returncode == 2
     assert "compute.devices=2 cannot be had" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+CORES = """
+import sys
+import qpo_sim as qpo
+assert "jax" not in sys.modules
+n = qpo.use_cores(3)
+import jax
+assert n == len(jax.devices()) == 3
+assert qpo.use_cores(3) == 3  # nothing changes: a cell of a notebook may be run again
+try:
+    qpo.use_cores(2)
+except qpo.InputError as error:
+    print(error)
+"""
+
+FLAGS = "import os, qpo_sim; qpo_sim.use_cores(); print(os.environ['XLA_FLAGS'])"
+
+
+def test_python_users_get_the_same_devices_and_flags(tmp_path):
+    done = python(CORES, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "JAX has already started" in done.stdout
+    told = python(FLAGS, tmp_path).stdout
+    assert told.strip() == outcome(python(JOB, tmp_path))["flags"]
+
+
+def test_a_gpus_compiler_is_left_alone(tmp_path):
+    told = python(FLAGS, tmp_path, JAX_PLATFORMS="cuda")
+    assert told.stdout.strip() == "--xla_cpu_multi_thread_eigen=false", told.stderr
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, "2"])
+def test_impossible_numbers_of_cores(n):
+    with pytest.raises(InputError, match="use_cores"):
+        use_cores(n)

@@ -1,0 +1,1 @@
+"""How fast this installation is, as ratios that a slower machine leaves alone: `ratios` times the `workload`."""
