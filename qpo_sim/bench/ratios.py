@@ -93,7 +93,7 @@ def measure(
       step_hours: length of a step.
       monitoring: "bridge" or "step".
       repetitions: timed rounds; the smallest time counts.
-      n_paths: paths of the book in a round; the workloads take as many path-step-assets.
+      n_paths: paths of the book in a round; the workloads take a half and an eighth of them.
       tick: called after each timed call, `n_calls(repetitions)` times.
     """
     plan = Plan(n_steps, step_hours=step_hours, monitoring=monitoring)
@@ -101,8 +101,8 @@ def measure(
     batch = [jax.tree.map(np.asarray, engine.batch(book, 0))]
     loss = np.random.default_rng(0).standard_t(3.0, N_LOSSES).astype(np.float32)
     forward, gradient = _objective(market, book, n_steps, step_hours, monitoring)
-    w1, w1_numpy, w1_work = _workload(10, 365, n_paths // 8)
-    w3, w3_numpy, w3_work = _workload(100, 100, n_paths // 16)
+    w1, w1_numpy, w1_work = _workload(10, 365, n_paths // 2)
+    w3, w3_numpy, w3_work = _workload(100, 100, n_paths // 8)
     sketch = histogram.zero(1, partials.FINE_BITS, with_sums=True)
     seconds = interleaved(
         {
