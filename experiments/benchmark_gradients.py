@@ -71,22 +71,13 @@ def of_market(n_paths: int, n_steps: int) -> dict[str, tuple[Callable[[int], Any
     import jax
     import jax.numpy as jnp
 
-    from qpo_sim.book import build_book
+    from qpo_sim.bench import workload
     from qpo_sim.optimize import objective, portfolio
     from qpo_sim.simulate import Plan, simulate_paths
-    from qpo_sim.venue import TieredMargin
 
-    model = workload()
-    assets = tuple(f"A{i}" for i in range(model["A"]))
-    market = market_of(model, assets)
-    account = {
-        "name": "account",
-        "venue": TieredMargin(tiers={"default": [[0, model["mm"], 150]]}),
-        "mode": "cross",
-        "margin": 1.0,
-        "positions": dict(zip(assets, (model["lev"] * model["w"]).tolist(), strict=True)),
-    }
-    book = build_book(assets, perpetuals=[account])
+    model = workload.parameters()
+    assets = workload.names(model)
+    market, book = workload.market_of(model, assets), workload.book_of(model, assets)
     path = jnp.arange(n_paths, dtype=jnp.uint32)
 
     def value(remat: str, parameters: dict[str, Any]) -> Any:

@@ -351,9 +351,6 @@ def _events(session: Session, frame: pd.DataFrame, record: Any, regime: np.ndarr
     return pd.DataFrame(sorted(rows), columns=["day", "event"])
 
 
-# ----------------------------------------------------------------------------- simulation and its tables
-
-
 def bench_job(session: Session, folder: Path, progress: ProgressBar) -> int:
     """Measures speed as ratios, writes bench.csv and manifest.json, and judges them against the references."""
     options = session.config.bench
@@ -382,6 +379,9 @@ def bench_job(session: Session, folder: Path, progress: ProgressBar) -> int:
         print(f"  {row.name:17} {row.ratio:6.2f}  {judged:26} {costs}")
     print(f"\nresults     {folder / 'bench.csv'}")
     return LIMIT_BREACHED if ratios.SLOWER in verdicts else OK
+
+
+# ----------------------------------------------------------------------------- simulation and its tables
 
 
 def simulate_book(session: Session, progress: ProgressBar) -> tuple[Run, pd.DataFrame]:

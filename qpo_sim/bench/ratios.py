@@ -6,19 +6,18 @@ is the one least disturbed, and CPU seconds do not count waiting.
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qpo_sim import random
 from qpo_sim.bench import workload
 from qpo_sim.book import Book
 from qpo_sim.compute import histogram
 from qpo_sim.compute import partial as partials
-from qpo_sim.compute.run import Engine, build_engine, device_mesh
-from qpo_sim.market import model as market_model
+from qpo_sim.compute.run import Engine, build_engine
 from qpo_sim.market.model import Market
 from qpo_sim.optimize import portfolio
 from qpo_sim.simulate import Plan, record_market
@@ -100,7 +99,7 @@ def measure(
     engine = build_engine(market, book, plan, n_paths=n_paths)
     batch = [jax.tree.map(np.asarray, engine.batch(book, 0))]
     loss = np.random.default_rng(0).standard_t(3.0, N_LOSSES).astype(np.float32)
-    forward, gradient = _objective(market, book, n_steps, step_hours, monitoring)
+    forward, gradient = _objective(engine, book)
     w1, w1_numpy, w1_work = _workload(10, 365, n_paths // 2)
     w3, w3_numpy, w3_work = _workload(100, 100, n_paths // 8)
     sketch = histogram.zero(1, partials.FINE_BITS, with_sums=True)
@@ -159,18 +158,12 @@ def _workload(n_assets: int, n_steps: int, n_paths: int) -> tuple[Callable, Call
     return ours, numpy, float(engine.size * n_steps * n_assets)
 
 
-def _objective(
-    market: Market, book: Book, n_steps: int, step_hours: float, monitoring: str, n_paths: int = 8192
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _objective(engine: Engine, book: Book, n_paths: int = 8192) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """CVaR of the book over recorded market paths, alone and with its gradient in the weights."""
-    plan = Plan(n_steps, step_hours=step_hours, monitoring=monitoring, attribution=False, drawn=False)
-    mesh = device_mesh()
+    market, mesh, keys, prepared = engine.market, engine.mesh, engine.keys, engine.prepared
+    plan = replace(engine.plan, attribution=False, drawn=False)
     score = portfolio.ThroughSimulator("cvar", 0.99, 1.0, 0.0, plan, mesh)
     book = portfolio.marked(book)
-    prepared = jax.jit(market_model.prepare, static_argnames="sub_steps")(
-        market, sub_steps=round(market.step_hours / step_hours)
-    )
-    keys = random.stream_keys(0)
     path = jnp.arange(n_paths - n_paths % mesh.devices.size, dtype=jnp.uint32)
     problem = portfolio.Problem(market, prepared, book, keys, path, portfolio.bounds_of(book))
     record = jax.jit(lambda p: record_market(p.market, p.prepared, p.keys, p.path, plan))(problem)
