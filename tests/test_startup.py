@@ -132,7 +132,7 @@ def programs(tmp_path_factory) -> list[list[str]]:
 
 def test_risk_compiles_the_fit_the_markets_constants_and_the_batch(programs):
     """The rest are roundings of single arrays of the market and the book, 10 ms each."""
-    assert len(programs[0]) <= 11, programs[0]
+    assert len(programs[0]) <= 3, programs[0]
 
 
 def test_optimising_compiles_its_loop_a_projection_and_the_last_date_besides(programs):

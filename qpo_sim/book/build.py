@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -85,9 +86,9 @@ def build_book(
         )
     held = tuple(holdings)
     return Book(
-        capital=jnp.asarray(capital, dtype),
-        cash=jnp.asarray(max(cash, 0.0), dtype),
-        spot=jnp.asarray(np.array([holdings[a] for a in held], np.float64), dtype),
+        capital=_rounded(capital, dtype),
+        cash=_rounded(max(cash, 0.0), dtype),
+        spot=_rounded([holdings[a] for a in held], dtype),
         perpetuals=tuple(accounts),
         loans=tuple(loan_params),
         assets=assets,
@@ -149,15 +150,15 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
             columns.append(
                 np.pad(values, (0, n_tiers - values.size), constant_values=values[-1] if pad is None else pad)
             )
-        return jnp.asarray(np.stack(columns, axis=1).astype(dtype))
+        return _rounded(np.stack(columns, axis=1), dtype)
 
     def each(value: float) -> Array:
-        return jnp.asarray(np.full(quantity.shape, value, dtype))
+        return _rounded(np.full(quantity.shape, value), dtype)
 
     params = Perpetual(
-        margin=jnp.asarray(margin, dtype),
-        quantity=jnp.asarray(quantity, dtype),
-        entry=jnp.asarray(entry, dtype),
+        margin=_rounded(margin, dtype),
+        quantity=_rounded(quantity, dtype),
+        entry=_rounded(entry, dtype),
         schedule=TierSchedule(
             table("floor", capital, 1e30), table("rate", 1.0, None), table("deduction", capital, None)
         ),
@@ -195,7 +196,7 @@ def _loan(loan, assets, capital, venue, place, dtype) -> tuple[Loan, LoanShape, 
         )
 
     def array(x: Any) -> Array:
-        return jnp.asarray(np.asarray(x, np.float64), dtype)
+        return _rounded(x, dtype)
 
     params = Loan(
         collateral=array(values),
@@ -213,6 +214,11 @@ def _loan(loan, assets, capital, venue, place, dtype) -> tuple[Loan, LoanShape, 
         LoanShape(str(loan["name"]), collateral_index, debt_index, rule.name),
         float(values.sum()) - total_debt,
     )
+
+
+def _rounded(x: Any, dtype: Any) -> Array:
+    # By NumPy: JAX would compile a program for each shape.
+    return jax.device_put(np.asarray(x, np.float64).astype(dtype))
 
 
 def _rule(value: Any, venue: Any, kind: type, place: str) -> Any:

@@ -231,9 +231,6 @@ def _shape_of_kept(market: Market, book: Book, plan: Plan) -> dict[str, Any]:
     }
 
 
-_prepare = jax.jit(market_model.prepare, static_argnames="sub_steps")
-
-
 def build_engine(
     market: Market,
     book: Book,
@@ -279,7 +276,7 @@ def build_engine(
         return chunks
 
     clock = time.perf_counter()
-    prepared = _prepare(market, sub_steps=sub_steps)
+    prepared = market_model.prepare_once(market, sub_steps=sub_steps)
     keys = random.stream_keys(seed)
     program, chunks = None, 0
     if kernel != "scan":

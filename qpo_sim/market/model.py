@@ -4,11 +4,12 @@ A market is a pytree of parameters (differentiable, sweepable leaf by leaf) with
 turns the parameters into the constants the kernel reads; `stages` are the pure step functions.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Float
 
@@ -96,18 +97,29 @@ def prepare(market: Market, *, sub_steps: int = 1) -> Prepared:
         * market.correlation_cholesky
         / jnp.sqrt(jnp.asarray(sub_steps, market.drift.dtype))
     )
-    mixing = None
-    if market.dof is not None:
-        floor = jnp.asarray(shock.score_floor(market.mixing_cut), market.drift.dtype)
-        mixing = Mixing(shock.mixing_coefficients(market.dof), floor)
     return Prepared(
         initial_cuts=regime.thresholds(market.initial),
         transition_cuts=regime.thresholds(market.transition),
         drift=market.drift / sub_steps,
         factor=factor,
         covariance=jnp.einsum("kij,klj->kil", factor, factor, precision=lax.Precision.HIGHEST),
-        mixing=mixing,
+        mixing=_mixing(market),
     )
+
+
+_prepare = jax.jit(prepare, static_argnames="sub_steps")
+
+
+def prepare_once(market: Market, *, sub_steps: int = 1) -> Prepared:
+    """`prepare` outside any trace: a program that calls back to the host is never kept in the compilation cache."""
+    return _prepare(replace(market, dof=None), sub_steps=sub_steps)._replace(mixing=_mixing(market))
+
+
+def _mixing(market: Market) -> Mixing | None:
+    if market.dof is None:
+        return None
+    floor = np.asarray(shock.score_floor(market.mixing_cut), market.drift.dtype)
+    return Mixing(shock.mixing_coefficients(market.dof), floor)
 
 
 def gaussian_covariance(prepared: Prepared, scale: Scale, i: int, j: int) -> Float[Array, " paths"]:

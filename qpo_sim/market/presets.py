@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -158,7 +159,7 @@ def _build(
 
     def cast(x: Any) -> Array:
         # Rounded by numpy: JAX would compile a program for each shape.
-        return jnp.asarray(np.asarray(x).astype(dtype))
+        return jax.device_put(np.asarray(x).astype(dtype))
 
     return Market(
         initial=cast(initial),

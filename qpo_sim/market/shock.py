@@ -16,6 +16,7 @@ cut moves it less, but then the mean of a price hangs on ever fewer paths.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float
 from numpy.polynomial import chebyshev
 
@@ -67,6 +68,8 @@ def _coefficient_slopes(dof: np.ndarray) -> np.ndarray:
 
 def _on_host(function, dof: Array) -> Array:
     # The quantile needs float64 whatever the precision of the paths; it is computed once per run, not per path.
+    if not isinstance(dof, Tracer):
+        return jax.device_put(function(np.asarray(dof, np.float64)).astype(dof.dtype))
     shape = jax.ShapeDtypeStruct((DEGREE + 1, *dof.shape), dof.dtype)
     return jax.pure_callback(
         lambda v: function(np.asarray(v, np.float64)).astype(dof.dtype), shape, dof, vmap_method="sequential"
