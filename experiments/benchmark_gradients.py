@@ -1,8 +1,9 @@
 """What gradients of CVaR cost next to the simulation they differentiate, and how much memory they take.
 
 Routes: the book's weights through the ledger (what `optimize_weights` does for books with accounts); all parameters of
-the market through the whole simulation, under each memory plan (`Plan.remat`); weights and leverage of a rebalanced
-portfolio in one pass; weights of a portfolio bought and held, on the matrix of terminal prices.
+the market through the whole simulation, under each memory plan (`Plan.remat`), or from the paths of the tail alone
+(`value_and_gradient`); weights and leverage of a rebalanced portfolio in one pass; weights of a portfolio bought and
+held, on the matrix of terminal prices.
 
 CPU time counts every thread; each figure is the minimum of interleaved repetitions, and a ratio compares value and
 gradient with the value alone (on the matrix: with making the matrix).
@@ -73,6 +74,7 @@ def of_market(n_paths: int, n_steps: int) -> dict[str, tuple[Callable[[int], Any
 
     from qpo_sim.bench import workload
     from qpo_sim.optimize import objective, portfolio
+    from qpo_sim.sensitivity import value_and_gradient
     from qpo_sim.simulate import Plan, simulate_paths
 
     model = workload.parameters()
@@ -80,15 +82,22 @@ def of_market(n_paths: int, n_steps: int) -> dict[str, tuple[Callable[[int], Any
     market, book = workload.market_of(model, assets), workload.book_of(model, assets)
     path = jnp.arange(n_paths, dtype=jnp.uint32)
 
-    def value(remat: str, parameters: dict[str, Any]) -> Any:
-        plan = Plan(n_steps, monitoring="step", attribution=False, drawn=False, dates=(n_steps,), remat=remat)
-        outcome = simulate_paths(replace(market, **parameters), book, path, plan)
-        equity, weight = portfolio.mixture(outcome.conditional)
+    def measure(conditional: Any) -> Any:
+        equity, weight = portfolio.mixture(conditional)
         return objective.cvar(1.0 - equity, weight, level=LEVEL)
+
+    def plan_of(remat: str) -> Plan:
+        return Plan(n_steps, monitoring="step", attribution=False, drawn=False, dates=(n_steps,), remat=remat)
+
+    def value(remat: str, parameters: dict[str, Any]) -> Any:
+        return measure(simulate_paths(replace(market, **parameters), book, path, plan_of(remat)).conditional)
+
+    def of_the_tail(repetition: int) -> Any:
+        return value_and_gradient(measure, market, book, path, plan_of("two-level"))
 
     names = ("drift", "volatility", "correlation_cholesky", "dof")
     parameters = {name: getattr(market, name) for name in names}
-    found = {"value": compiled(partial(value, "store"), parameters)}
+    found = {"value": compiled(partial(value, "store"), parameters), "paths of the tail": (of_the_tail, float("nan"))}
     for remat in ("store", "step", "two-level"):
         found[remat] = compiled(jax.value_and_grad(partial(value, remat)), parameters)
     return found

@@ -33,6 +33,7 @@ _HOMES = {
     "run": "qpo_sim.compute",
     "simulate_paths": "qpo_sim.simulate",
     "use_cores": "qpo_sim.config.host",
+    "value_and_gradient": "qpo_sim.sensitivity",
 }
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "run",
     "simulate_paths",
     "use_cores",
+    "value_and_gradient",
     "__version__",
 ]
 
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from qpo_sim.market import Market, gbm, regime_student_t
     from qpo_sim.optimize import optimize_weights
     from qpo_sim.risk.summary import attribution, measures
+    from qpo_sim.sensitivity import value_and_gradient
     from qpo_sim.simulate import Plan, market_paths, simulate_paths
     from qpo_sim.types import Estimate
     from qpo_sim.venue import load as load_venue

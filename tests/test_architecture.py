@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "simulate": {"numerics", "random", "market", "instrument", "book"},
     "compute": {"numerics", "random", "market", "book", "simulate"},
     "risk": {"numerics", "compute"},
+    "sensitivity": {"random", "market", "book", "simulate"},
     "optimize": {"numerics", "random", "market", "book", "simulate", "compute", "risk"},
     "calibration": {"numerics", "random"},
     "data": set(),
