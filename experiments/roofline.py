@@ -70,6 +70,7 @@ def step_of_w1(n_paths: int) -> tuple[Any, int]:
     from qpo_sim.bench import workload
     from qpo_sim.book import ledger
     from qpo_sim.instrument.first_passage import Options
+    from qpo_sim.market import line as market_line
     from qpo_sim.market import model as market_model
     from qpo_sim.types import Context, Upstream
 
@@ -77,7 +78,7 @@ def step_of_w1(n_paths: int) -> tuple[Any, int]:
     assets = workload.names(model)
     market, book = workload.market_of(model, assets), workload.book_of(model, assets)
     prepared = market_model.prepare(market)
-    line = (*market_model.stages(market), *ledger.stages(book, Options(False, False, True, False)))
+    line = (*market_line.stages(market), *ledger.stages(book, Options(False, False, True, False)))
     moved = 0
 
     def step(path, states):

@@ -247,3 +247,31 @@ def weighted_quantile(value: Array, weight: Array, upper_weight: Array, *, n_hal
 
     bounds = jnp.min(value) - 1e-6 * (1.0 + jnp.abs(jnp.min(value))), jnp.max(value)
     return lax.fori_loop(0, n_halvings, halve, bounds)[1]
+
+
+def each_asset(function: Callable[..., Any], *columns: Any) -> Any:
+    """`function` of one asset's values, for every asset.
+
+    Args:
+      function: takes one value per column (a row of paths, or a parameter's number) and gives a row, or a tuple of rows.
+      columns: containers of rows (see `Rows`), or (assets,) vectors of parameters.
+
+    Returns:
+      The rows in the container of the columns; when `function` gives a tuple, a tuple of such containers.
+    """
+    rows = next(c for c in columns if isinstance(c, tuple | list) or c.ndim == 2)
+    if hasattr(rows, "ndim"):
+        return function(*(c[:, None] if c.ndim == 1 else c for c in columns))
+    values = [function(*(c[i] for c in columns)) for i in range(len(rows))]
+    if isinstance(values[0], tuple):
+        return tuple(tuple(row[k] for row in values) for k in range(len(values[0])))
+    return tuple(values)
+
+
+def regime_rows(masks: Sequence[Array], table: Array, like: Rows) -> Rows:
+    """Rows of a (states, assets) table for the state that the one-hot masks name, in the container of `like`."""
+    if hasattr(like, "ndim"):
+        value = table[0][:, None] * jnp.ones_like(like[:1])
+        return value + sum(mask * (entry - table[0])[:, None] for mask, entry in zip(masks, table[1:], strict=True))
+    one = jnp.ones_like(like[0])
+    return tuple(select(masks, table[:, i]) * one for i in range(len(like)))

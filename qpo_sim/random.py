@@ -7,7 +7,7 @@ path. `jax.random` makes 64 bits for each 32 it uses and costs several times mor
 """
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +32,11 @@ class Stream(IntEnum):
     REGIME = 1
     SHOCK = 2
     LIQUIDATION = 3
+    VOLATILITY = 4
+    JUMP = 5
+    SIDE = 6
+    MIXING = 7
+    RESAMPLE = 8
 
 
 class StreamKey(NamedTuple):
@@ -162,3 +167,52 @@ def normal_pair(word0: UInt32[Array, "..."], word1: UInt32[Array, "..."]) -> Pai
 def normal_pairs(key: StreamKey, path: UInt32[Array, " paths"], step: Int[Array, ""], n_pairs: int) -> tuple[Pair, ...]:
     """Normal pairs at the addresses (step, 0) .. (step, n_pairs - 1)."""
     return tuple(normal_pair(*bits(key, path, step, slot)) for slot in range(n_pairs))
+
+
+class Address(NamedTuple):
+    """Where the draws of one component are in one step: a stream, the paths, the step and the first slot.
+
+    `mirror` is None, or a row that is 0 for a path and 2^32 - 1 for its antithetic partner, which then draws 1 - u where
+    the path draws the uniform u, and -z where it draws the normal z.
+    """
+
+    key: StreamKey
+    path: UInt32[Array, " paths"]
+    step: Int[Array, ""]
+    slot: int = 0
+    mirror: Any = None
+
+    def after(self, n_slots: int) -> "Address":
+        """The address `n_slots` further on."""
+        return self._replace(slot=self.slot + n_slots)
+
+    def words(self, n: int) -> list[Array]:
+        """`n` rows of 32 random bits, two from each slot."""
+        pairs = [bits(self.key, self.path, self.step, self.slot + k) for k in range((n + 1) // 2)]
+        return [self._mirrored(word) for pair in pairs for word in pair][:n]
+
+    def uniforms(self, n: int) -> list[Array]:
+        """`n` rows of uniforms on (0, 1), see `uniform`."""
+        return [uniform(word) for word in self.words(n)]
+
+    def scores(self, n: int) -> list[Array]:
+        """`n` rows of standard normals by inversion, see `normal_score`."""
+        return [normal_score(word) for word in self.words(n)]
+
+    def normal_pairs(self, n_pairs: int) -> tuple[Pair, ...]:
+        """Pairs of independent standard normals, one from each slot; cheaper than `scores`."""
+        words = [bits(self.key, self.path, self.step, self.slot + k) for k in range(n_pairs)]
+        half_turn = None if self.mirror is None else self.mirror & np.uint32(0x80000000)
+        return tuple(normal_pair(a, b if half_turn is None else b ^ half_turn) for a, b in words)
+
+    def normals(self, n: int) -> list[Array]:
+        """`n` rows of independent standard normals, two from each slot."""
+        return [row for pair in self.normal_pairs((n + 1) // 2) for row in pair][:n]
+
+    def _mirrored(self, word: Array) -> Array:
+        return word if self.mirror is None else word ^ self.mirror
+
+
+def antithetic(path: UInt32[Array, " paths"]) -> tuple[Array, Array]:
+    """Address number and mirror of each path when paths 2k and 2k + 1 are antithetic partners."""
+    return path >> np.uint32(1), np.uint32(0) - (path & np.uint32(1))

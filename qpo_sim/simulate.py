@@ -20,8 +20,10 @@ from qpo_sim.book import ledger
 from qpo_sim.book.ledger import Book, Conditional
 from qpo_sim.errors import InputError
 from qpo_sim.instrument.first_passage import Options
+from qpo_sim.market import line as market_line
 from qpo_sim.market import model as market_model
-from qpo_sim.market.model import Market, MarketRecord, Prepared
+from qpo_sim.market.line import MarketRecord
+from qpo_sim.market.model import Market, Prepared
 from qpo_sim.numerics import buffer, lookup, materialised, put
 from qpo_sim.types import Array, Context, Stage, Upstream
 
@@ -52,6 +54,8 @@ class Plan:
         steps, and what "store" keeps within the one block that is done again: memory of order sqrt(n_steps) (Griewank &
         Walther 2008, ch. 12); "auto": the first of these that leaves at most `GRADIENT_BYTES` per device. Draws are
         made again from their addresses. Values and gradients are the same to rounding.
+      antithetic: paths 2k and 2k + 1 are partners: every normal of one is minus that of the other, every uniform u is
+        1 - u. Standard errors are then those of the means of pairs; `compute.run` simulates independent paths only.
     """
 
     n_steps: int
@@ -62,6 +66,7 @@ class Plan:
     drawn: bool = True
     record_paths: bool = False
     remat: str = "store"
+    antithetic: bool = False
 
     def __post_init__(self) -> None:
         """Checks what cannot be simulated; fills in the dates."""
@@ -184,14 +189,14 @@ def _observer(book: Book, plan: Plan) -> Stage:
     return Stage("observe", init, step)
 
 
-def line_step(stages: Sequence[Stage], context: Context) -> Callable[[list[Any], Array], list[Any]]:
-    """Function (states of all stages, t) -> states after step t."""
-    traced = (context.market, context.book, context.keys, context.path, context.record)
+def line_step(stages: Sequence[Stage], context: Context) -> Callable[[list[Any], Array], tuple[list[Any], Any]]:
+    """Function (states of all stages, t) -> states after step t, and the output of the last stage."""
+    traced = (context.market, context.book, context.keys, context.path, context.record, context.mirror)
 
     def unit(stage: Stage) -> Any:
         def step(traced, t, state, upstream):
-            market, book, keys, path, record = traced
-            inside = context._replace(market=market, book=book, keys=keys, path=path, record=record)
+            market, book, keys, path, record, mirror = traced
+            inside = context._replace(market=market, book=book, keys=keys, path=path, record=record, mirror=mirror)
             return stage.step(inside, t, state, upstream)
 
         return materialised(step)
@@ -203,7 +208,7 @@ def line_step(stages: Sequence[Stage], context: Context) -> Callable[[list[Any],
         for step, state in zip(units, states, strict=True):
             upstream = Upstream(*step(traced, t, state, upstream))
             after.append(upstream.state)
-        return after
+        return after, upstream.output
 
     return body
 
@@ -219,28 +224,32 @@ def run_line(stages: Sequence[Stage], context: Context, remat: str = "store") ->
     if remat == "auto":
         sizes = ((name, residual_bytes(stages, context, name)) for name in REMAT[:-1])
         remat = next((name for name, size in sizes if size <= GRADIENT_BYTES), REMAT[-2])
-    return _scan(stages, context, remat)
+    return _scan(stages, context, remat)[0]
 
 
-def _scan(stages: Sequence[Stage], context: Context, remat: str) -> list[Any]:
+def _scan(
+    stages: Sequence[Stage], context: Context, remat: str, keep: Callable[[Any, Any], Any] | None = None
+) -> tuple[list[Any], Any]:
+    # Final states, and what `keep` makes of the last stage's state and output in every step.
     step = line_step(stages, context)
     start = [stage.init(context) for stage in stages]
     t = jnp.arange(context.n_steps, dtype=jnp.int32)
 
     def body(states, t):
-        return step(states, t), None
+        after, output = step(states, t)
+        return after, None if keep is None else keep(after[-1], output)
 
     if remat == "store":
-        return lax.scan(body, start, t)[0]
+        return lax.scan(body, start, t)
     if remat == "step":
-        return lax.scan(jax.checkpoint(body, prevent_cse=False), start, t)[0]
+        return lax.scan(jax.checkpoint(body, prevent_cse=False), start, t)
     length = _block_length(context.n_steps)
     n_blocks = -(-context.n_steps // length)
     is_padded = n_blocks * length > context.n_steps
 
     def masked(states, t):
         # Steps beyond the last one leave everything as it is.
-        after = step(states, t)
+        after, _ = step(states, t)
         if is_padded:
             after = jax.tree.map(partial(jnp.where, t < context.n_steps), after, states)
         return after, None
@@ -249,7 +258,7 @@ def _scan(stages: Sequence[Stage], context: Context, remat: str) -> list[Any]:
         return lax.scan(masked, states, t)[0], None
 
     t = jnp.arange(n_blocks * length, dtype=jnp.int32).reshape(n_blocks, length)
-    return lax.scan(jax.checkpoint(block, prevent_cse=False), start, t)[0]
+    return lax.scan(jax.checkpoint(block, prevent_cse=False), start, t)
 
 
 def _block_length(n_steps: int) -> int:
@@ -289,14 +298,13 @@ def record_market(
     market: Market, prepared: Prepared, keys: Any, path: UInt32[Array, " paths"], plan: Plan
 ) -> MarketRecord:
     """The market's paths alone, kept whole; traceable. A book simulated on them sees the same numbers as in a run."""
-    sub_steps = round(market.step_hours / plan.step_hours)
-    context = Context(prepared, None, keys, path, plan.n_steps, sub_steps, plan.step_hours)
-    return run_line((*market_model.stages(market), market_model.record_stage(market)), context)[-1]
+    context = context_of(market, prepared, None, keys, path, plan)
+    return _scan(market_line.stages(market), context, "store", market_line.record_of)[1]
 
 
 def record_bytes(market: Market, plan: Plan, n_paths: int) -> int:
-    """Memory of `record_market`."""
-    rows = market.n_assets + market.n_regimes
+    """Memory of `record_market`, side processes not counted."""
+    rows = market.n_assets * (3 if market.is_composed else 1) + market.n_regimes
     return rows * plan.n_steps * n_paths * market.drift.dtype.itemsize
 
 
@@ -330,7 +338,8 @@ def context_of(
 ) -> Context:
     """What the stages of a plan read."""
     sub_steps = round(market.step_hours / plan.step_hours)
-    return Context(prepared, book, keys, path, plan.n_steps, sub_steps, plan.step_hours, record)
+    path, mirror = random.antithetic(path) if plan.antithetic else (path, None)
+    return Context(prepared, book, keys, path, plan.n_steps, sub_steps, plan.step_hours, record, mirror)
 
 
 def _options(plan: Plan) -> Options:
@@ -339,8 +348,8 @@ def _options(plan: Plan) -> Options:
 
 def stage_line(market: Market, book: Book, plan: Plan, record: MarketRecord | None = None) -> tuple[Stage, ...]:
     """All stages of a plan, in order."""
-    market_line = market_model.stages(market) if record is None else market_model.replay_stages(market)
-    line = (*market_line, *ledger.stages(book, _options(plan)))
+    before = market_line.stages(market) if record is None else market_line.replay_stages(market)
+    line = (*before, *ledger.stages(book, _options(plan)))
     return (*line, _observer(book, plan)) if plan.drawn else line
 
 

@@ -36,7 +36,7 @@ class Context(NamedTuple):
 
     `market` and `book` hold prepared parameters; `path` is the row of 32-bit path numbers; `sub_steps` counts the
     simulation steps per base step of the market; `step_hours` is the length of a simulation step. `record` holds market
-    paths made before, when a book is simulated on them.
+    paths made before, when a book is simulated on them. `mirror` marks antithetic partners (see `random.Address`).
     """
 
     market: Any
@@ -47,6 +47,7 @@ class Context(NamedTuple):
     sub_steps: int
     step_hours: float
     record: Any = None
+    mirror: Any = None
 
 
 class Stage(NamedTuple):

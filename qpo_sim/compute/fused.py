@@ -84,6 +84,8 @@ def refusal(market: Market, plan: Plan) -> str | None:
     """Why there is no kernel for this model, as far as it can be said without lowering it; None when nothing is."""
     if market.drift.dtype != jnp.float32:
         return f"the model is in {market.drift.dtype} and the kernel in float32"
+    if market.is_composed or market.regime_of is not None:
+        return "it knows regimes with constant volatility and Student-t or Gaussian shocks, this market has more"
     if market.n_assets > numerics.MAX_UNROLLED_ASSETS:
         return f"{market.n_assets} assets need matrix products, the kernel takes {numerics.MAX_UNROLLED_ASSETS} assets"
     if not plan.drawn or plan.record_paths:
@@ -146,7 +148,7 @@ def fused_paths(
             states = lax.fori_loop(
                 np.int32(0),
                 np.int32(plan.n_steps),
-                lambda t, states: held(step(states, t)),
+                lambda t, states: held(step(states, t)[0]),
                 held([stage.init(context) for stage in line]),
             )
             closing, seen = finish(line, states, context, plan)

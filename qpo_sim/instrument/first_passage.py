@@ -71,12 +71,7 @@ def step_moments(distance: Distance, assets: tuple[int, ...], context: Context, 
     """Variance of x over the step and its covariance with each log-price."""
 
     def covariances(market, scale, weights):
-        square = market_model.mixing_square(market, scale)
-        rows = []
-        for i in assets:
-            terms = (market_model.gaussian_covariance(market, scale, i, j) for j in assets)
-            rows.append(square * sum(c * w for c, w in zip(terms, weights, strict=True)))
-        return tuple(rows)
+        return market_model.step_covariances(market, scale, assets, weights)
 
     covariance = materialised(covariances)(context.market, scale, distance.elasticity)
     variance = sum(w * c for w, c in zip(distance.elasticity, covariance, strict=True))
@@ -103,11 +98,23 @@ def crossing_and_prices(
       start: x at the start of the step.
       now: distance at its end.
       prices: relative prices at its end, in the order of `assets`.
+
+    Jumps are taken at the end of the step, their effect on x to first order: for jumps spread over the step the bias is
+    of the order of the step.
     """
     variance, covariance = step_moments(now, assets, context, scale)
+    has_jumps = len(scale.jump) > 0
 
-    def touch(start, x, variance, covariance, prices):
-        hit = tuple(price_at_barrier(p, x, c / variance) for p, c in zip(prices, covariance, strict=True))
-        return bridge_crossing(start, x, variance), hit
+    def touch(start, x, before, variance, covariance, prices):
+        slopes = [c / variance for c in covariance]
+        hit = tuple(price_at_barrier(p, x, slope) for p, slope in zip(prices, slopes, strict=True))
+        if not has_jumps:
+            return bridge_crossing(start, x, variance), hit
+        # The diffusion goes to `before`, then the jump: the account is closed at the barrier by the one, at the price
+        # behind the gap by the other.
+        jumps_over = (before > 0.0) & (x <= 0.0)
+        hit = tuple(jnp.where(jumps_over, p, h) for p, h in zip(prices, hit, strict=True))
+        return jnp.where(x <= 0.0, 1.0, bridge_crossing(start, before, variance)), hit
 
-    return materialised(touch)(start, now.x, variance, covariance, prices)
+    before = now.x - market_model.jump_move(scale, assets, now.elasticity) if has_jumps else now.x
+    return materialised(touch)(start, now.x, before, variance, covariance, prices)

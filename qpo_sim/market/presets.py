@@ -155,11 +155,10 @@ def _build(
         if drift == "risk_neutral":
             step_drift = drift_choice.risk_neutral(correction, rate_per_year * years)
         else:
-            step_drift = drift_choice.user(_per_asset(per_year, assets) * years, correction)
+            step_drift = drift_choice.user(per_asset(per_year, assets) * years, correction)
 
     def cast(x: Any) -> Array:
-        # Rounded by numpy: JAX would compile a program for each shape.
-        return jax.device_put(np.asarray(x).astype(dtype))
+        return rounded(x, dtype)
 
     return Market(
         initial=cast(initial),
@@ -174,6 +173,11 @@ def _build(
     )
 
 
+def rounded(x: Any, dtype: Any) -> Array:
+    """`x` in the precision of the paths; rounded by NumPy, as JAX would compile a program for each shape."""
+    return jax.device_put(np.asarray(x, np.float64).astype(dtype))
+
+
 def _log_mean_exp(variance: np.ndarray, dof: np.ndarray | None, cut: float) -> np.ndarray:
     if dof is None:
         return 0.5 * variance
@@ -184,7 +188,8 @@ def _log_mean_exp(variance: np.ndarray, dof: np.ndarray | None, cut: float) -> n
     return np.asarray(shock.log_mean_exp(jnp.asarray(variance, dtype), coefficients, floor), np.float64)
 
 
-def _per_asset(per_year: Any, assets: tuple[str, ...]) -> np.ndarray:
+def per_asset(per_year: Any, assets: tuple[str, ...]) -> np.ndarray:
+    """Growth per year of each asset, from one number or a table by asset (0 for those it does not name)."""
     if isinstance(per_year, Mapping):
         unknown = sorted(set(per_year) - set(assets))
         if unknown:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax import lax
 from jaxtyping import Float
 from numpy.polynomial import chebyshev
 
@@ -134,3 +135,62 @@ def log_mean_exp(
     log_scale = polynomial([c[:, None] for c in coefficients], y[None, :])
     exponent = 0.5 * variance[:, :, None] * jnp.exp(2.0 * log_scale)[:, None, :]
     return jax.scipy.special.logsumexp(exponent, b=weight, axis=-1)
+
+
+# Nodes of the quadrature that stands for the law of H^2 (see `log_mgf`).
+_MGF_NODES = 10
+
+
+def _square_nodes(dof: np.ndarray, cut: float) -> np.ndarray:
+    # Gauss quadrature of the law of H^2: Lanczos on its discretisation, then Golub & Welsch (1969).
+    from scipy import special
+
+    floor = score_floor(cut)
+    points, weights = np.polynomial.legendre.leggauss(400)
+    zeta = floor + (points + 1.0) * (_FAR_SCORE - floor) / 2.0
+    density = weights * np.exp(-0.5 * zeta**2) / np.sqrt(2.0 * np.pi) * (_FAR_SCORE - floor) / 2.0
+    zeta, density = np.append(zeta, floor), np.append(density, special.ndtr(floor))
+    y = np.clip(zeta, -SCORE_RANGE, SCORE_RANGE) / SCORE_RANGE
+    rules = []
+    for coefficients in _coefficients(np.atleast_1d(dof)).T:
+        square = np.exp(2.0 * np.polynomial.polynomial.polyval(y, coefficients))
+        basis = [np.sqrt(density / density.sum())]
+        jacobi = np.zeros((_MGF_NODES, _MGF_NODES))
+        for n in range(_MGF_NODES):
+            image = square * basis[n]
+            jacobi[n, n] = image @ basis[n]
+            for _ in range(2):
+                image = image - sum((image @ v) * v for v in basis)
+            size = np.sqrt(image @ image)
+            if n + 1 < _MGF_NODES:
+                jacobi[n, n + 1] = jacobi[n + 1, n] = size
+                basis.append(image / size)
+        nodes, vectors = np.linalg.eigh(jacobi)
+        rules.append(np.concatenate([nodes, vectors[0] ** 2]))
+    return np.stack(rules, axis=1)
+
+
+def mgf_quadrature(dof: Float[Array, " regimes"], cut: float) -> Float[Array, "two_nodes regimes"]:
+    """Nodes, then weights, of the quadrature of `log_mgf` per regime. Pathwise gradient: none."""
+    dof = lax.stop_gradient(dof)
+    shape = jax.ShapeDtypeStruct((2 * _MGF_NODES, *dof.shape), dof.dtype)
+    return jax.pure_callback(
+        lambda v: _square_nodes(np.asarray(v, np.float64), cut).astype(dof.dtype),
+        shape,
+        dof,
+        vmap_method="sequential",
+    )
+
+
+def log_mgf(deviation: Float[Array, " paths"], quadrature: list[Array]) -> Float[Array, " paths"]:
+    r"""$\log E[e^{s\varepsilon}] = \log E[e^{s^2H^2/2}]$ of the cut Student-t shock of standard deviation s.
+
+    By Gauss quadrature of the law of $H^2$; relative error below 1e-6 for s up to 0.4 and 2e-4 up to 1 per step (dof >= 2.1, cut 1e-4).
+
+    Args:
+      deviation: s.
+      quadrature: nodes, then weights, of the regime, from `mgf_quadrature`.
+    """
+    half = 0.5 * deviation * deviation
+    n = len(quadrature) // 2
+    return jnp.log1p(sum(w * jnp.expm1(half * x) for x, w in zip(quadrature[:n], quadrature[n:], strict=True)))

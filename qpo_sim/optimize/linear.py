@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from qpo_sim import random
 from qpo_sim.errors import InputError
+from qpo_sim.market import line as market_line
 from qpo_sim.market import model as market_model
 from qpo_sim.market.model import Market, Prepared
 from qpo_sim.simulate import Plan, context_of, padded, run_line, sub_steps_of
@@ -61,7 +62,7 @@ def wealth_stage(n_assets: int, *, with_sums: bool) -> Stage:
 
 def _wealth(market: Market, prepared: Prepared, exposure: Array, keys: Any, path: Array, plan: Plan, with_sums: bool):
     context = context_of(market, prepared, None, keys, path, plan)._replace(book=exposure)
-    line = (*market_model.stages(market), wealth_stage(market.n_assets, with_sums=with_sums))
+    line = (*market_line.stages(market), wealth_stage(market.n_assets, with_sums=with_sums))
     return run_line(line, context, plan.remat)[-1]
 
 
@@ -124,7 +125,7 @@ def rebalanced_wealth(
 def prices_prepared(market: Market, prepared: Prepared, keys: Any, path: Array, plan: Plan) -> Array:
     """`terminal_prices` of the given paths; traceable, to be jitted by the caller."""
     context = context_of(market, prepared, None, keys, path, plan)
-    log_price = run_line(market_model.stages(market), context, plan.remat)[-1]
+    log_price = run_line(market_line.stages(market), context, plan.remat)[-1]
     return jnp.exp(jnp.stack(list(log_price)))
 
 

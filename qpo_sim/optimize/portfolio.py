@@ -28,7 +28,8 @@ from qpo_sim import random
 from qpo_sim.book.ledger import Book, Conditional
 from qpo_sim.compute.run import Engine, build_engine
 from qpo_sim.errors import InputError, check_level
-from qpo_sim.market.model import Market, MarketRecord
+from qpo_sim.market.line import MarketRecord
+from qpo_sim.market.model import Market
 from qpo_sim.optimize import constraints, objective, solve
 from qpo_sim.optimize.linear import prices_prepared
 from qpo_sim.optimize.solve import Solution
@@ -281,9 +282,7 @@ class ThroughSimulator:
                 Spec(),
                 Spec(),
                 Spec("paths"),
-                MarketRecord(Spec(None, None, "paths"), Spec(None, None, "paths"), Spec(None, "paths"))
-                if problem.record is not None
-                else Spec(),
+                jax.tree.map(lambda x: Spec(*[None] * (x.ndim - 1), "paths"), problem.record),
             ),
             out_specs=Conditional(Spec("paths"), *[Spec(None, "paths")] * 3),
             check_vma=False,

@@ -226,7 +226,7 @@ def test_auto_is_the_first_plan_that_fits(monkeypatch, budget, expected):
     sizes, used = {"store": 3, "step": 2, "two-level": 1}, []
     monkeypatch.setattr(simulate, "GRADIENT_BYTES", budget)
     monkeypatch.setattr(simulate, "residual_bytes", lambda stages, context, remat: sizes[remat])
-    monkeypatch.setattr(simulate, "_scan", lambda *arguments: used.append(arguments[-1]))
+    monkeypatch.setattr(simulate, "_scan", lambda *arguments: ([], used.append(arguments[-1])))
     simulate.run_line(*line_of(2), "auto")
     assert used == [expected]
 

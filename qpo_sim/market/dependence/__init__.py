@@ -1,0 +1,1 @@
+"""Shocks: the standardised, dependent part of the returns of all assets in one step. One file per model."""
