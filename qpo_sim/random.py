@@ -6,9 +6,11 @@ draws the same numbers whatever the chunk size, the device count or the other pa
 path. `jax.random` makes 64 bits for each 32 it uses and costs several times more on CPU.
 """
 
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -169,7 +171,9 @@ def normal_pairs(key: StreamKey, path: UInt32[Array, " paths"], step: Int[Array,
     return tuple(normal_pair(*bits(key, path, step, slot)) for slot in range(n_pairs))
 
 
-class Address(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Address:
     """Where the draws of one component are in one step: a stream, the paths, the step and the first slot.
 
     `mirror` is None, or a row that is 0 for a path and 2^32 - 1 for its antithetic partner, which then draws 1 - u where
@@ -179,12 +183,12 @@ class Address(NamedTuple):
     key: StreamKey
     path: UInt32[Array, " paths"]
     step: Int[Array, ""]
-    slot: int = 0
+    slot: int = field(default=0, metadata={"static": True})
     mirror: Any = None
 
     def after(self, n_slots: int) -> "Address":
         """The address `n_slots` further on."""
-        return self._replace(slot=self.slot + n_slots)
+        return replace(self, slot=self.slot + n_slots)
 
     def words(self, n: int) -> list[Array]:
         """`n` rows of 32 random bits, two from each slot."""

@@ -42,8 +42,7 @@ def stages(market: Market) -> tuple[Stage, ...]:
     opening = (_draws_stage(market), _regime_stage(market))
     if not market.is_composed:
         return (*opening, _price_stage(market))
-    shock_stage = () if market.shock is None else (_shock_stage(),)
-    return (*opening, *shock_stage, _return_stage(market), _handed_on(market))
+    return (*opening, _return_stage(market), _handed_on(market))
 
 
 def _draws_regime(market: Market) -> bool:
@@ -146,38 +145,10 @@ def _price_stage(market: Market) -> Stage:
     return Stage("price", init, step)
 
 
-class _Given(NamedTuple):
-    # What the composed stages hand on: the shocks of the step, the scale and the draws of the regime stage.
-    shocks: Any
-    scale: Scale
-    draws: Any
-
-
-def _shock_stage() -> Stage:
-    def init(context: Context):
-        prepared = context.market
-        component, constants = prepared.shock
-        one = jnp.ones(context.path.shape, prepared.drift.dtype)
-        return component.init(constants, one, _mixing_address(context, jnp.zeros((), jnp.int32)))
-
-    def step(context: Context, t, state, upstream: Upstream):
-        component, constants = context.market.shock
-        chain, (_, draws) = upstream.state, upstream.output
-        scale = chain.scale if isinstance(chain, _Chain) else chain
-        # One step of addresses further on than `init`'s.
-        after, shocks = component.step(constants, t, state, scale.masks, _mixing_address(context, t + 1))
-        return after, _Given(shocks, scale, draws)
-
-    return Stage("shock", init, step)
-
-
-def _mixing_address(context: Context, step: Array) -> Address:
-    return address(context, Stream.MIXING, step)
-
-
 class _Return(NamedTuple):
     # State of the return stage.
     log_price: Rows
+    shock: Any
     volatility: Any
     jumps: tuple[Any, ...]
     side: tuple[Any, ...]
@@ -195,7 +166,10 @@ def _return_stage(market: Market) -> Stage:
         prepared: Prepared = context.market
         one, like = jnp.ones(context.path.shape, dtype), _zeros(market, context)
         start = jnp.zeros((), jnp.int32)
-        volatility, states, drivers, seen = (), (), (), {}
+        shock_state, volatility, states, drivers, seen = (), (), (), (), {}
+        if prepared.shock is not None:
+            component, constants = prepared.shock
+            shock_state = component.init(constants, one, address(context, Stream.MIXING, start))
         if prepared.volatility_model is not None:
             component, constants = prepared.volatility_model
             at = address(context, Stream.VOLATILITY, start)
@@ -215,19 +189,23 @@ def _return_stage(market: Market) -> Stage:
             # What the side processes say of a step in which nothing happens.
             view = View(like, like, regime.regime_masks(states, market.regime_of), like, None, {})
             seen = _side_step(context, start, sides, view)[1]
-        return _Return(like, volatility, jumps, sides, states, drivers, seen)
+        return _Return(like, shock_state, volatility, jumps, sides, states, drivers, seen)
 
     def step(context: Context, t, state: _Return, upstream: Upstream):
         prepared: Prepared = context.market
-        chain, given = upstream.state, upstream.output
-        if market.shock is None:
-            normals, draws = given
-            given = _Given(normals, chain.scale if isinstance(chain, _Chain) else chain, draws)
-        scale, states = given.scale, state.states
+        chain, (normals, draws) = upstream.state, upstream.output
+        scale, states = chain.scale if isinstance(chain, _Chain) else chain, state.states
         if is_driven:
-            states, scale = _driven(market, context, t, state, given)
+            states, scale = _driven(market, context, t, state, scale, draws)
         masks = scale.masks
-        shocks = given.shocks if market.shock is not None else _elliptical(market, prepared, scale, given.shocks)
+        shock_state = state.shock
+        if prepared.shock is None:
+            shocks = _elliptical(market, prepared, scale, normals)
+        else:
+            # One step of addresses further on than `init`'s, here and below.
+            component, constants = prepared.shock
+            at = address(context, Stream.MIXING, t + 1)
+            shock_state, shocks = materialised(component.step)(constants, t, state.shock, masks, at)
 
         opened, local = (), Local(())
         if prepared.volatility_model is not None:
@@ -266,7 +244,7 @@ def _return_stage(market: Market) -> Stage:
         sides, outputs = _side_step(context, t + 1, state.side, view)
         drivers = regime.drivers_update(prepared.drivers, state.drivers, move) if is_driven else ()
         seen = outputs if is_driven else {}
-        after = _Return(log_price, volatility, tuple(jump_states), sides, states, drivers, seen)
+        after = _Return(log_price, shock_state, volatility, tuple(jump_states), sides, states, drivers, seen)
         mixing = scale.mixing if shocks.mixing is None else shocks.mixing
         return after, Scale(masks, mixing, deviation, jump, outputs)
 
@@ -299,10 +277,12 @@ def _elliptical(market: Market, prepared: Prepared, scale: Scale, normals: tuple
     return Shocks(rows, scale.mixing if _draws_mixing(market) else None)
 
 
-def _driven(market: Market, context: Context, t: Array, state: _Return, given: _Given) -> tuple[tuple, Scale]:
+def _driven(
+    market: Market, context: Context, t: Array, state: _Return, scale: Scale, draws: Pair
+) -> tuple[tuple, Scale]:
     # Regime and mixing of the step where the transition probabilities depend on the path.
     prepared = context.market
-    u, score = (row.astype(market.drift.dtype) for row in given.draws)
+    u, score = (row.astype(market.drift.dtype) for row in draws)
 
     def move(prepared, u, states, drivers, seen):
         cuts = regime.driven_cuts(prepared.drivers, drivers, states, prepared.transition, seen)
@@ -313,7 +293,7 @@ def _driven(market: Market, context: Context, t: Array, state: _Return, given: _
         opens = t % context.sub_steps == 0
         states = jax.tree.map(lambda new, old: jnp.where(opens, new, old), states, state.states)
     masks = regime.regime_masks(states, market.regime_of)
-    mixing = given.scale.mixing
+    mixing = scale.mixing
     if _draws_mixing(market):
         mixing = shock.mixing_scale(score, masks, *prepared.mixing)
     return states, Scale(masks, mixing)

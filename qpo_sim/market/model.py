@@ -193,7 +193,7 @@ _prepare = jax.jit(prepare, static_argnames="sub_steps")
 def prepare_once(market: Market, *, sub_steps: int = 1) -> Prepared:
     """`prepare` outside any trace: a program that calls back to the host is never kept in the compilation cache."""
     if market.is_composed:
-        return prepare(market, sub_steps=sub_steps)
+        return _prepare(market, sub_steps=sub_steps)
     return _prepare(replace(market, dof=None), sub_steps=sub_steps)._replace(mixing=_mixing(market))
 
 

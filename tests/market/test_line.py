@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qpo_sim.errors import InputError
-from qpo_sim.market import presets, regime, shock
+from qpo_sim.market import control, presets, regime, shock
 from qpo_sim.market.model import Market
 from qpo_sim.simulate import Plan, market_paths
 
@@ -126,3 +126,32 @@ def test_semi_markov_refusals():
     ]:
         with pytest.raises(InputError, match=message):
             regime.semi_markov(*arguments)
+
+
+def test_matched_means_leave_no_error_in_what_is_linear():
+    market = presets.gbm(("A", "B", "C"), [0.8, 0.9, 1.0], CORRELATION, dtype=F64)
+    record = market_paths(market, 1000, Plan(10))
+    growth = jnp.asarray([0.001, 0.0, -0.002], F64)
+    matched = control.matched_means(record.log_price, growth)
+    expected = np.exp(np.arange(1, 11)[:, None] * np.asarray(growth))
+    np.testing.assert_allclose(np.exp(matched).mean(axis=-1), expected, rtol=1e-12)
+    # One constant per date and asset: the shape of the sample stays.
+    np.testing.assert_allclose(np.std(matched - record.log_price, axis=-1), 0.0, atol=1e-12)
+
+
+def test_antithetic_pairs_gain_for_prices_and_lose_for_even_payoffs(cases):
+    """Variance ratios of case G03: lognormal 2.115, tail indicator 1.01 at one per cent, even function 0.5."""
+    case = cases("models")["G03"]["expected"]
+    sigma = 0.8
+    market = presets.gbm(("A",), [sigma * np.sqrt(365.0)], dtype=F64)
+    market = replace(market, drift=jnp.zeros((1, 1), F64))
+
+    def variances(payoff):
+        n = 400_000
+        plain = payoff(np.asarray(market_paths(market, n, Plan(1), seed=1).log_price[0, 0]) / sigma)
+        pairs = payoff(np.asarray(market_paths(market, n, Plan(1, antithetic=True), seed=2).log_price[0, 0]) / sigma)
+        return np.var(plain.reshape(-1, 2).mean(axis=1)) / np.var(pairs.reshape(-1, 2).mean(axis=1))
+
+    assert variances(lambda z: np.exp(sigma * z)) == pytest.approx(case["ratio_lognormal"], rel=0.05)
+    assert variances(lambda z: (z < -2.3263478740408408) * 1.0) == pytest.approx(case["ratio_tail"]["0.01"], rel=0.05)
+    assert variances(lambda z: z * z) == pytest.approx(case["ratio_even_function"], rel=0.05)
