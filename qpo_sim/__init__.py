@@ -22,11 +22,13 @@ _HOMES = {
     "attribution": "qpo_sim.risk.summary",
     "build_book": "qpo_sim.book",
     "calibrate": "qpo_sim.calibration",
+    "compose_market": "qpo_sim.market.compose",
     "gbm": "qpo_sim.market",
     "load_prices": "qpo_sim.data",
     "load_venue": "qpo_sim.venue",
     "log_returns": "qpo_sim.data",
     "market_paths": "qpo_sim.simulate",
+    "market_statistics": "qpo_sim.market.compose",
     "measures": "qpo_sim.risk.summary",
     "optimize_weights": "qpo_sim.optimize",
     "regime_student_t": "qpo_sim.market",
@@ -45,11 +47,13 @@ __all__ = [
     "attribution",
     "build_book",
     "calibrate",
+    "compose_market",
     "gbm",
     "load_prices",
     "load_venue",
     "log_returns",
     "market_paths",
+    "market_statistics",
     "measures",
     "optimize_weights",
     "regime_student_t",
@@ -68,6 +72,7 @@ if TYPE_CHECKING:
     from qpo_sim.data import load_prices, log_returns
     from qpo_sim.errors import InputError
     from qpo_sim.market import Market, gbm, regime_student_t
+    from qpo_sim.market.compose import compose_market, market_statistics
     from qpo_sim.optimize import optimize_weights
     from qpo_sim.risk.summary import attribution, measures
     from qpo_sim.sensitivity import value_and_gradient

@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,14 @@ from qpo_sim.book import ACCOUNTS, Book, build_book
 from qpo_sim.calibration import RegimeFit
 from qpo_sim.compute.run import Progress, Run
 from qpo_sim.config import Timeline, check_assets, timeline
-from qpo_sim.config.schema import Config, RegimeStudentTMarket
+from qpo_sim.config.schema import ComposedMarket, Config, GbmMarket, RegimeStudentTMarket
 from qpo_sim.errors import InputError
-from qpo_sim.market import Market, presets
+from qpo_sim.market import Market, compose, presets
 from qpo_sim.report import RunReport, terminal_summary, write_csv, write_json, write_report
 from qpo_sim.risk import summary
 from qpo_sim.risk.limits import BREACHED, judge
 from qpo_sim.risk.summary import Measure
 from qpo_sim.simulate import Plan, market_paths, simulate_paths
-from qpo_sim.types import HOURS_PER_YEAR
 
 OK, LIMIT_BREACHED = 0, 3
 _FAN = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -135,30 +134,41 @@ def build_market(config: Config, prices: pd.DataFrame, returns: pd.DataFrame) ->
         "per_year": drift.per_year or 0.0,
         "rate_per_year": drift.rate_per_year,
     }
-    if not isinstance(config.market, RegimeStudentTMarket):
-        hours = data.step_hours(prices)
-        years = hours / HOURS_PER_YEAR
+    market = config.market
+    hours = data.step_hours(prices)
+    if isinstance(market, GbmMarket):
+        statistics = compose.market_statistics(returns, step_hours=hours)
         return None, presets.gbm(
-            tuple(returns.columns),
-            list(np.nanstd(returns.to_numpy(), axis=0, ddof=1) / np.sqrt(years)),
-            _positive_definite(returns.corr().to_numpy()),
+            statistics.assets,
+            list(statistics.value("volatility_per_year", "gbm")),
+            statistics.correlation,
             step_hours=hours,
-            mean_per_year=list(np.nanmean(returns.to_numpy(), axis=0) / years),
+            mean_per_year=list(statistics.value("mean_per_year", "gbm")),
             **choice,
         )
+    if isinstance(market, ComposedMarket):
+        fit = _fit_of(config, returns, hours) if compose.needs_fit(market.regimes, market.shock) else None
+        labels = None if fit is None else np.argmax(fit.smoothed, axis=1)
+        statistics = compose.market_statistics(returns, step_hours=hours, labels=labels)
+        parts = {f.name: getattr(market, f.name) for f in fields(market) if f.name not in ("kind", "name", "drift")}
+        return fit, compose.compose_market(statistics, fit=fit, **parts, **choice)
+    assert isinstance(market, RegimeStudentTMarket)
+    fit = _fit_of(config, returns, hours)
+    return fit, presets.regime_student_t(fit, mixing_cut=market.mixing_cut, **choice)
+
+
+def _fit_of(config: Config, returns: pd.DataFrame, hours: float) -> RegimeFit:
     options = config.calibration
     fitted = {
         "n_regimes": options.n_regimes,
         "n_restarts": options.n_restarts,
         "sticky": options.sticky,
         "dof_floor": options.dof_floor,
-        "step_hours": data.step_hours(prices),
+        "step_hours": hours,
     }
     if options.cache:
-        fit = calibration.cached_calibrate(returns, cache_dir=options.cache_dir, **fitted)
-    else:
-        fit = calibration.calibrate(returns, **fitted)
-    return fit, presets.regime_student_t(fit, mixing_cut=config.market.mixing_cut, **choice)
+        return calibration.cached_calibrate(returns, cache_dir=options.cache_dir, **fitted)
+    return calibration.calibrate(returns, **fitted)
 
 
 def book_of(config: Config, market: Market, prices: dict[str, float]) -> Book:
@@ -184,17 +194,6 @@ def book_of(config: Config, market: Market, prices: dict[str, float]) -> Book:
 
 def _plain(value: Any) -> dict[str, Any]:
     return asdict(value)
-
-
-def _positive_definite(correlation: np.ndarray) -> np.ndarray:
-    # Correlations of columns with different listings are pairwise and need not be consistent: eigenvalues below a
-    # ten-thousandth are lifted and the diagonal restored.
-    values, vectors = np.linalg.eigh(correlation)
-    if values[0] > 1e-8:
-        return correlation
-    repaired = (vectors * np.maximum(values, 1e-4)) @ vectors.T
-    scale = np.sqrt(np.diag(repaired))
-    return repaired / scale[:, None] / scale[None, :]
 
 
 # ----------------------------------------------------------------------------- jobs
@@ -258,7 +257,7 @@ def optimize_job(session: Session, progress: ProgressBar) -> RunReport:
 def calibrate_job(session: Session, progress: ProgressBar) -> RunReport:
     """The fitted market alone."""
     if session.fit is None:
-        raise InputError("job=calibrate fits a regime market; choose market=regime_student_t.")
+        raise InputError("job=calibrate fits regimes, and this market has none fitted; choose market=regime_student_t.")
     return RunReport(
         job="calibrate",
         title=_title(session),
@@ -562,8 +561,9 @@ def _labels(n_regimes: int) -> list[str]:
 def _fit_tables(session: Session) -> dict[str, Any]:
     fit, assets = session.fit, list(session.market.assets)
     if fit is None:
-        chol = np.asarray(session.market.correlation_cholesky[0], np.float64)
-        return {"correlation": {"all days": pd.DataFrame(chol @ chol.T, assets, assets)}}
+        # The correlation in the data: a composed market need not have a matrix of its own.
+        correlation = compose.market_statistics(session.returns, step_hours=session.market.step_hours).correlation
+        return {"correlation": {"all days": pd.DataFrame(correlation, assets, assets)}}
     labels = _labels(fit.transition.shape[0])
     correlation = fit.correlation()
     off = ~np.eye(len(assets), dtype=bool)
@@ -587,11 +587,13 @@ def _fit_tables(session: Session) -> dict[str, Any]:
 
 
 def _title(session: Session) -> str:
-    kind = {"regime_student_t": "Regime-switching Student-t market", "gbm": "Geometric Brownian motion"}
-    options = session.config.market.drift
+    market = session.config.market
+    names = {"regime_student_t": "Regime-switching Student-t market", "gbm": "Geometric Brownian motion"}
+    name = market.name if isinstance(market, ComposedMarket) else names[market.kind]
+    options = market.drift
     drift = "no drift assumed" if (options.kind, options.shrinkage) == ("shrunk", 1.0) else f"{options.kind} drift"
     source = "embedded daily prices" if session.config.data.path is None else Path(session.config.data.path).name
-    return f"{kind[session.config.market.kind]}, {drift}, {source}"
+    return f"{name}, {drift}, {source}"
 
 
 def _manifest(session: Session, finished: Run | None = None) -> dict[str, Any]:

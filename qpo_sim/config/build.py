@@ -58,6 +58,8 @@ def _inside(kind: Any, part: str) -> list[Any]:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return [inner for arg in args for inner in _inside(arg, part)]
+    if kind is Any:
+        return [Any]
     if origin is dict:
         return [args[1]]
     if origin is tuple:
@@ -97,6 +99,8 @@ def _show(value: object) -> str:
 
 
 def _convert(kind: Any, value: object, key: str) -> Any:
+    if kind is Any:
+        return _plain(value, key)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(args, value, key)
@@ -111,6 +115,19 @@ def _convert(kind: Any, value: object, key: str) -> Any:
     if isinstance(kind, type) and is_dataclass(kind):
         return build(kind, value, key)
     return _convert_scalar(kind, value, key)
+
+
+def _plain(value: object, key: str) -> Any:
+    # What a component's own builder will check: numbers, text, lists and tables of them.
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Mapping):
+        return _convert_table(Any, value, key)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return _convert_list((Any, ...), value, key)
+    if isinstance(value, int):
+        return _convert_scalar(int, value, key)
+    return _convert_scalar(str if isinstance(value, str) else float, value, key)
 
 
 def _convert_union(args: tuple[Any, ...], value: object, key: str) -> Any:

@@ -12,6 +12,7 @@ from qpo_sim.config.schema import (
     BenchConfig,
     BookConfig,
     CalibrationConfig,
+    ComposedMarket,
     Config,
     HealthFactorVenue,
     LimitConfig,
@@ -248,7 +249,7 @@ def _check_market(market: MarketConfig) -> None:
     given = drift.per_year if isinstance(drift.per_year, Mapping) else {"": drift.per_year or 0.0}
     for asset, value in given.items():
         _between(f"market.drift.per_year{asset and f'.{asset}'}", value, -100.0, 100.0)
-    if isinstance(market, RegimeStudentTMarket) and not 0.0 < market.mixing_cut <= 0.01:
+    if isinstance(market, (RegimeStudentTMarket, ComposedMarket)) and not 0.0 < market.mixing_cut <= 0.01:
         raise InputError(
             f"market.mixing_cut={market.mixing_cut:g} must be a probability above 0 and at most 0.01: such as 1e-5"
         )

@@ -11,7 +11,7 @@ name says otherwise; levels are confidence levels in (0, 1); losses are positive
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Job = Literal["risk", "optimize", "calibrate", "replay", "bench"]
 
@@ -124,6 +124,37 @@ class GbmMarket(MarketConfig):
     """
 
     kind: Literal["gbm"] = "gbm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposedMarket(MarketConfig):
+    """A market put together from named components (see `market.compose`), with numbers given or taken from the data.
+
+    Attributes:
+      kind: "composed".
+      name: what reports call it.
+      volatility_per_year: level by asset, "data.volatility_per_year", or null when the volatility model has its own.
+      correlation: a matrix, one number for all pairs, "data.correlation", or a list of these by regime.
+      dof: degrees of freedom of the elliptical shock, null for Gaussian.
+      regimes: kind fitted, markov or semi_markov and its options; null for one regime.
+      volatility: a volatility model, `kind` and its options; null for constant volatility in each regime.
+      shock: a dependence model, `kind` and its options; null for the elliptical shock.
+      jumps: jump models.
+      side: side processes, each of which sees those before it.
+      mixing_cut: probability beyond which the Student-t mixing variable is cut off, so that expected prices exist.
+    """
+
+    kind: Literal["composed"] = "composed"
+    name: str = "Composed market"
+    volatility_per_year: Any = "data.volatility_per_year"
+    correlation: Any = "data.correlation"
+    dof: Any = None
+    regimes: dict[str, Any] | None = None
+    volatility: dict[str, Any] | None = None
+    shock: dict[str, Any] | None = None
+    jumps: tuple[dict[str, Any], ...] = ()
+    side: tuple[dict[str, Any], ...] = ()
+    mixing_cut: float = 1.0e-4
 
 
 @dataclass(frozen=True, kw_only=True)
