@@ -250,6 +250,7 @@ def optimize_job(session: Session, progress: ProgressBar) -> RunReport:
         weights=weights,
         comparison=comparison,
         optimizer_trace=pd.DataFrame({"step": np.arange(trace.size), "objective": trace}),
+        notes=_notes(session),
         manifest=_manifest(session, finished),
     )
 
@@ -267,6 +268,7 @@ def calibrate_job(session: Session, progress: ProgressBar) -> RunReport:
         n_steps=session.n_steps,
         step_hours=session.step_hours,
         assets=session.market.assets,
+        notes=_notes(session),
         manifest=_manifest(session),
         **_fit_tables(session),
     )
@@ -307,6 +309,11 @@ def replay_job(session: Session, progress: ProgressBar) -> RunReport:
         if j < len(session.book.perpetual_shapes):
             ratio = np.where(closed, np.nan, ratio)
         columns[f"margin_ratio:{name}"] = np.append(np.nan, ratio)
+    for name, rows in (market.side or {}).items():
+        assets = session.market.assets
+        for i, row in enumerate(np.atleast_3d(rows.astype(np.float64)).reshape(n_steps, -1).T):
+            label = assets[i] if rows.ndim == 3 and rows.shape[1] == len(assets) else str(i)
+            columns[f"side:{name}:{label}"] = np.append(np.nan, row)
     frame = pd.DataFrame(columns, index=pd.Index(days, name="day"))
     drawdown = float(outcome.max_drawdown[0])
     return RunReport(
@@ -328,6 +335,7 @@ def replay_job(session: Session, progress: ProgressBar) -> RunReport:
                 "liquidated": [",".join(n for n, hit in zip(names, outcome.is_liquidated[:, 0], strict=True) if hit)],
             }
         ),
+        notes=_notes(session),
         manifest=_manifest(session),
     )
 
@@ -471,6 +479,7 @@ def _risk_report(session: Session, finished: Run, convergence: pd.DataFrame) -> 
         convergence=convergence,
         worst_paths=_worst_paths(finished),
         limits=_limits(config, measures),
+        notes=_notes(session),
         manifest=_manifest(session, finished),
         **_fit_tables(session),
     )
@@ -594,6 +603,29 @@ def _title(session: Session) -> str:
     drift = "no drift assumed" if (options.kind, options.shrinkage) == ("shrunk", 1.0) else f"{options.kind} drift"
     source = "embedded daily prices" if session.config.data.path is None else Path(session.config.data.path).name
     return f"{name}, {drift}, {source}"
+
+
+def _notes(session: Session) -> tuple[str, ...]:
+    """What a reader must know of this market and its approximations."""
+    market, notes = session.market, []
+    if session.book.n_accounts and session.config.simulation.monitoring == "bridge":
+        if not market.is_conditionally_gaussian:
+            notes.append(
+                "Liquidation between steps is approximate in this market: its shocks are not Gaussian within a step, "
+                "and the crossing probability uses their conditional variance. simulation.monitoring=step tests at the "
+                "step ends only."
+            )
+        if market.jumps:
+            notes.append(
+                "Jumps are taken at the end of their step; an account that a jump carries over its barrier is closed "
+                "at the price behind the gap."
+            )
+    for jump in market.jumps:
+        if hasattr(jump, "branching_ratio"):
+            notes.append(f"The self-exciting jumps have a branching ratio of {jump.branching_ratio():.2f}.")
+    if market.side:
+        notes.append("Funding, depth, gas and the other side processes are simulated; positions do not read them yet.")
+    return tuple(notes)
 
 
 def _manifest(session: Session, finished: Run | None = None) -> dict[str, Any]:

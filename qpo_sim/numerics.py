@@ -253,7 +253,8 @@ def each_asset(function: Callable[..., Any], *columns: Any) -> Any:
     """`function` of one asset's values, for every asset.
 
     Args:
-      function: takes one value per column (a row of paths, or a parameter's number) and gives a row, or a tuple of rows.
+      function: takes one value per column (a row of paths, or a parameter's number) and gives a row, or a tuple of
+        rows.
       columns: containers of rows (see `Rows`), or (assets,) vectors of parameters.
 
     Returns:

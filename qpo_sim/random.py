@@ -176,8 +176,8 @@ def normal_pairs(key: StreamKey, path: UInt32[Array, " paths"], step: Int[Array,
 class Address:
     """Where the draws of one component are in one step: a stream, the paths, the step and the first slot.
 
-    `mirror` is None, or a row that is 0 for a path and 2^32 - 1 for its antithetic partner, which then draws 1 - u where
-    the path draws the uniform u, and -z where it draws the normal z.
+    `mirror` is None, or a row that is 0 for a path and 2^32 - 1 for its antithetic partner, which then draws 1 - u
+    where the path draws the uniform u, and -z where it draws the normal z.
     """
 
     key: StreamKey

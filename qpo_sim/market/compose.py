@@ -74,6 +74,9 @@ class Statistics:
             "volatility": deviation,
             "variance": deviation**2,
             "correlation": self.correlation,
+            # The assets that move most with all others first.
+            "order": [int(i) for i in np.argsort(-np.abs(self.correlation).sum(axis=1), kind="stable")],
+            "loadings": _principal_loadings(self.correlation),
             "returns": self.returns,
             "labels": self.labels,
         }
@@ -82,6 +85,15 @@ class Statistics:
         if offered[name] is None:
             raise InputError(f"{place} takes data.{name}, which needs regimes: kind: fitted.")
         return offered[name]
+
+
+def _principal_loadings(correlation: np.ndarray, n_factors: int = 3) -> np.ndarray:
+    # Principal components of the correlation matrix; every asset keeps a part of its own.
+    values, vectors = np.linalg.eigh(correlation)
+    largest = slice(None, -1 - min(n_factors, max(1, len(values) - 1)), -1)
+    loadings = vectors[:, largest] * np.sqrt(values[largest])
+    share = np.sum(loadings**2, axis=1, keepdims=True)
+    return loadings * np.sqrt(np.minimum(1.0, 0.98 / share))
 
 
 def market_statistics(

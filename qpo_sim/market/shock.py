@@ -16,8 +16,8 @@ cut moves it less, but then the mean of a price hangs on ever fewer paths.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Float
 from numpy.polynomial import chebyshev
 
@@ -185,7 +185,8 @@ def mgf_quadrature(dof: Float[Array, " regimes"], cut: float) -> Float[Array, "t
 def log_mgf(deviation: Float[Array, " paths"], quadrature: list[Array]) -> Float[Array, " paths"]:
     r"""$\log E[e^{s\varepsilon}] = \log E[e^{s^2H^2/2}]$ of the cut Student-t shock of standard deviation s.
 
-    By Gauss quadrature of the law of $H^2$; relative error below 1e-6 for s up to 0.4 and 2e-4 up to 1 per step (dof >= 2.1, cut 1e-4).
+    By Gauss quadrature of the law of $H^2$; relative error below 1e-6 for s up to 0.4 and 2e-4 up to 1 per step (dof
+    from 2.1, cut 1e-4).
 
     Args:
       deviation: s.

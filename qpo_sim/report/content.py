@@ -78,6 +78,7 @@ class RunReport:
             `margin_ratio:<account>` (liquidation at one).
         replay_events: what happened on that path.
         limits: configured limits and their `status`, one of `LIMIT_STATUS`.
+        notes: what a reader of this run's numbers must know of its market or its approximations, one sentence each.
         manifest: versions, seed, devices, timings, fingerprints, configuration: anything JSON can hold.
 
     Raises:
@@ -111,6 +112,7 @@ class RunReport:
     replay: pd.DataFrame | None = None
     replay_events: pd.DataFrame | None = None
     limits: pd.DataFrame | None = None
+    notes: tuple[str, ...] = ()
     manifest: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):

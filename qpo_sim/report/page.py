@@ -561,6 +561,7 @@ def _made(report: RunReport) -> Section:
     tables = [Table("Manifest", [("Item", "text"), ("Value", "text")], [("", rows)])] if rows else []
     config = report.manifest.get("config")
     notes = [
+        *report.notes,
         "Standard errors cover Monte Carlo error only: what more paths would remove. They do not cover the error of "
         "the model, of its fitted parameters, or of a market that changes.",
         "The 95 % half-width is 1.96 standard errors. Values at risk are quantiles of the simulated loss, CVaR the "

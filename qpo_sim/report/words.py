@@ -300,6 +300,7 @@ def terminal_summary(report: RunReport, paths: Mapping[str, Path | str] | None =
         lines += [(head if i == 0 else "", sentence) for i, sentence in enumerate(sentences)]
     if len(lines) == 1:
         lines += [("Market" if i == 0 else "", sentence) for i, sentence in enumerate(_regimes(report))]
+    lines += [("Note" if i == 0 else "", sentence) for i, sentence in enumerate(report.notes)]
     lines += [("Limits" if i == 0 else "", sentence) for i, sentence in enumerate(sum(_limits(report), []))]
     if paths and "report" in paths:
         lines.append(("Report", str(paths["report"])))
