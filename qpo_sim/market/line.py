@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Float
 
 from qpo_sim import random
+from qpo_sim.errors import InputError
 from qpo_sim.market import regime, shock
 from qpo_sim.market.dependence.shocks import Shocks
 from qpo_sim.market.model import Market, Prepared, Scale
@@ -303,7 +304,13 @@ def _cumulants(market: Market, prepared: Prepared, masks: tuple[Array, ...], dev
     # log E[exp(deviation * eps)] by asset, given the regime.
     if prepared.shock is not None:
         component, constants = prepared.shock
-        return component.log_mgf(constants, masks, deviation)
+        cumulants = component.log_mgf(constants, masks, deviation)
+        if cumulants is None:
+            raise InputError(
+                f"the exponential of {type(component).__name__} shocks has no mean: give the shock a cut, or choose "
+                "market.drift.kind=historical or shrunk."
+            )
+        return cumulants
     if prepared.log_mgf is None:
         return each_asset(lambda d: 0.5 * d * d, deviation)
     quadrature = [select(masks, entry) for entry in prepared.log_mgf]

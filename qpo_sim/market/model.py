@@ -202,7 +202,7 @@ def _check_sub_steps(market: Market) -> None:
     refused = []
     if model is not None and model.needs_base_step:
         refused.append(f"the volatility model {type(model).__name__}")
-    if market.shock is not None:
+    if market.shock is not None and getattr(market.shock, "needs_base_step", True):
         refused.append(f"the shock {type(market.shock).__name__}")
     if refused:
         raise InputError(

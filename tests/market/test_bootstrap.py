@@ -453,6 +453,7 @@ def test_a_path_alone_is_the_path_in_company(options):
 
 
 @pytest.mark.parametrize("method", ["stationary", "circular"])
+@pytest.mark.slow
 def test_ten_thousand_steps_are_finite(method):
     component = bootstrap(data(gaps=GAPS), method=method, block_length=9, missing="own_dates", smoothing=0.2).shock
     found = walk(component, 16, 10_000)

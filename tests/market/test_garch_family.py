@@ -640,6 +640,7 @@ def test_gradient_of_the_terminal_variance(module):
 
 @pytest.mark.parametrize("module", FAMILY, ids=name_of)
 @pytest.mark.parametrize("n_assets", [1, 30])
+@pytest.mark.slow
 def test_finite_over_ten_thousand_steps(module, n_assets):
     model = module.example(n_assets, F32)
     chain = (CALM_AND_WILD, [0.5, 0.5]) if module is ms_garch else None
@@ -658,6 +659,7 @@ def test_faded_ewma_keeps_a_finite_gradient():
 
 
 @pytest.mark.parametrize("module", FAMILY, ids=name_of)
+@pytest.mark.slow
 def test_matrix_of_assets_equals_rows(module, monkeypatch):
     model = module.example(33, F64)
     chain = (CALM_AND_WILD, [0.5, 0.5]) if module is ms_garch else None

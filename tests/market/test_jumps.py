@@ -627,6 +627,7 @@ def test_antithetic_partners_keep_the_law(module):
 
 @pytest.mark.parametrize("n_assets", [1, pytest.param(30, marks=pytest.mark.slow), 33])
 @pytest.mark.parametrize("module", MODULES)
+@pytest.mark.slow
 def test_ten_thousand_steps_stay_finite(module, n_assets):
     state, total, _ = run(module.example(n_assets, jnp.float32), 16, 10_000)
     assert np.all(np.isfinite(total)) and np.any(total != 0.0)
@@ -634,6 +635,7 @@ def test_ten_thousand_steps_stay_finite(module, n_assets):
 
 
 @pytest.mark.parametrize("module", MODULES)
+@pytest.mark.slow
 def test_many_assets_take_the_matrix_form(module, monkeypatch):
     component = _small(module, F64, 5)
     rows = run(component, 512, 20).size
@@ -643,6 +645,7 @@ def test_many_assets_take_the_matrix_form(module, monkeypatch):
     np.testing.assert_allclose(run(component, 512, 20, function=fresh).size, rows, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_hawkes_of_33_types():
     n = 33
     alpha = 0.3 * np.eye(n) + 0.01

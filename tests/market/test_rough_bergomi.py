@@ -131,6 +131,7 @@ def test_rough_matrices_of_rows_and_tuples_of_rows_agree():
 
 
 @pytest.mark.parametrize(("n_assets", "n_steps"), [(1, 10_000), (3, 1_000)])
+@pytest.mark.slow
 def test_rough_paths_stay_finite(n_assets, n_steps):
     log_price, _ = simulate(example(n_assets, jnp.float32), 8, n_steps, n_steps / 365.0)
     assert np.all(np.isfinite(log_price))

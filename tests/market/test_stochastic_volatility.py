@@ -253,6 +253,7 @@ def test_a_path_is_the_same_in_any_company():
 
 
 @pytest.mark.parametrize("n_assets", [1, pytest.param(30, marks=pytest.mark.slow), 33])
+@pytest.mark.slow
 def test_ten_thousand_steps_stay_finite(n_assets):
     model = heston_module.example(n_assets, jnp.float32)
     log_price, _ = simulate(model, 32, 10_000, 10_000 / 365.0)
@@ -260,6 +261,7 @@ def test_ten_thousand_steps_stay_finite(n_assets):
 
 
 @pytest.mark.parametrize("scheme", ["qe", "euler"])
+@pytest.mark.slow
 def test_ten_thousand_steps_at_zero_variance_stay_finite(scheme):
     log_price, _ = simulate(wild(v0=0.0, vol_of_vol=2.0, scheme=scheme), 256, 10_000, 10_000 / 365.0)
     assert np.all(np.isfinite(log_price))
