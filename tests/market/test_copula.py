@@ -288,6 +288,7 @@ def test_many_assets_are_computed_as_few(monkeypatch):
     np.testing.assert_allclose(draw(made, 66, masks_of=parity)[..., :64], few, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_thirty_three_assets():
     n = 33
     margins = [marginal.StudentT(3.0 + i / 8.0) for i in range(n)]
@@ -306,6 +307,7 @@ def _smooth(made, key):
 
 
 @pytest.mark.parametrize("kind", ["t", "skew t"])
+@pytest.mark.slow
 def test_pathwise_gradient(kind):
     """In the correlation; and in dof and skew, through the score and through the map.
 

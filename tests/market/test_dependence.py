@@ -310,6 +310,7 @@ def test_mixing_constants():
     assert common_mixing.prepare_mixing(None, 1e-4) is None
 
 
+@pytest.mark.slow
 def test_factor_gradients():
     """Of a mean over fixed draws, so to rounding and not within standard errors."""
     made = factor.factor(LOADINGS, dof=5.0, dtype=F64)
@@ -477,6 +478,7 @@ def test_conditional_correlation_is_that_of_the_step():
     assert made.is_conditionally_gaussian
 
 
+@pytest.mark.slow
 def test_dcc_gradients():
     made = dcc.dcc(TARGET, a=0.1, b=0.85, dof=6.0, corrected=True, dtype=F64)
 

@@ -367,6 +367,7 @@ def test_many_assets_are_computed_as_few(mixing, monkeypatch):
     np.testing.assert_allclose(mgf_rows(component, prepared, masks, scale), few_mgf, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_thirty_three_assets():
     n, size = 33, 4000
     correlation = 0.4 + 0.6 * np.eye(n)
@@ -397,6 +398,7 @@ def _smooth(component, key):
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.slow
 def test_pathwise_gradient(name):
     component, key = GRADIENTS[name], stream_key(5, Stream.MIXING)
     gradient = jax.jit(jax.grad(_smooth))(component, key)

@@ -454,6 +454,7 @@ def test_margins_are_applied_to_the_scores():
     np.testing.assert_allclose(known.log_mgf(None, (), scale)[0], 0.02)
 
 
+@pytest.mark.slow
 def test_vine_gradients():
     first = [{"family": "student", "parameters": [0.6, 4.0]}, {"family": "clayton", "parameters": 1.5}]
     second = [{"family": "gumbel", "parameters": 1.4}]
