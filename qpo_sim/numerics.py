@@ -249,6 +249,11 @@ def weighted_quantile(value: Array, weight: Array, upper_weight: Array, *, n_hal
     return lax.fori_loop(0, n_halvings, halve, bounds)[1]
 
 
+def rounded(value: Any, dtype: Any) -> Array:
+    """A parameter in the precision of the paths; rounded by NumPy, as JAX would compile a program for each shape."""
+    return jax.device_put(np.asarray(value, np.float64).astype(dtype))
+
+
 def each_asset(function: Callable[..., Any], *columns: Any) -> Any:
     """`function` of one asset's values, for every asset.
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,6 +11,7 @@ from qpo_sim.book.ledger import Book
 from qpo_sim.errors import InputError, did_you_mean
 from qpo_sim.instrument.loan import Loan, LoanShape
 from qpo_sim.instrument.perpetual import Perpetual, PerpetualShape
+from qpo_sim.numerics import rounded
 from qpo_sim.types import HOURS_PER_YEAR, Array
 from qpo_sim.venue.health_factor import HealthFactor
 from qpo_sim.venue.tiered_margin import TieredMargin, TierSchedule, maintenance_margin
@@ -86,9 +86,9 @@ def build_book(
         )
     held = tuple(holdings)
     return Book(
-        capital=_rounded(capital, dtype),
-        cash=_rounded(max(cash, 0.0), dtype),
-        spot=_rounded([holdings[a] for a in held], dtype),
+        capital=rounded(capital, dtype),
+        cash=rounded(max(cash, 0.0), dtype),
+        spot=rounded([holdings[a] for a in held], dtype),
         perpetuals=tuple(accounts),
         loans=tuple(loan_params),
         assets=assets,
@@ -150,15 +150,15 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
             columns.append(
                 np.pad(values, (0, n_tiers - values.size), constant_values=values[-1] if pad is None else pad)
             )
-        return _rounded(np.stack(columns, axis=1), dtype)
+        return rounded(np.stack(columns, axis=1), dtype)
 
     def each(value: float) -> Array:
-        return _rounded(np.full(quantity.shape, value), dtype)
+        return rounded(np.full(quantity.shape, value), dtype)
 
     params = Perpetual(
-        margin=_rounded(margin, dtype),
-        quantity=_rounded(quantity, dtype),
-        entry=_rounded(entry, dtype),
+        margin=rounded(margin, dtype),
+        quantity=rounded(quantity, dtype),
+        entry=rounded(entry, dtype),
         schedule=TierSchedule(
             table("floor", capital, 1e30), table("rate", 1.0, None), table("deduction", capital, None)
         ),
@@ -196,7 +196,7 @@ def _loan(loan, assets, capital, venue, place, dtype) -> tuple[Loan, LoanShape, 
         )
 
     def array(x: Any) -> Array:
-        return _rounded(x, dtype)
+        return rounded(x, dtype)
 
     params = Loan(
         collateral=array(values),
@@ -214,11 +214,6 @@ def _loan(loan, assets, capital, venue, place, dtype) -> tuple[Loan, LoanShape, 
         LoanShape(str(loan["name"]), collateral_index, debt_index, rule.name),
         float(values.sum()) - total_debt,
     )
-
-
-def _rounded(x: Any, dtype: Any) -> Array:
-    # By NumPy: JAX would compile a program for each shape.
-    return jax.device_put(np.asarray(x, np.float64).astype(dtype))
 
 
 def _rule(value: Any, venue: Any, kind: type, place: str) -> Any:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -12,6 +11,7 @@ from qpo_sim.errors import InputError
 from qpo_sim.market import drift as drift_choice
 from qpo_sim.market import shock
 from qpo_sim.market.model import Market
+from qpo_sim.numerics import rounded
 from qpo_sim.types import HOURS_PER_YEAR, Array
 
 DRIFTS = ("historical", "shrunk", "risk_neutral", "user")
@@ -171,11 +171,6 @@ def _build(
         step_hours=float(step_hours),
         mixing_cut=float(mixing_cut),
     )
-
-
-def rounded(x: Any, dtype: Any) -> Array:
-    """`x` in the precision of the paths; rounded by NumPy, as JAX would compile a program for each shape."""
-    return jax.device_put(np.asarray(x, np.float64).astype(dtype))
 
 
 def _log_mean_exp(variance: np.ndarray, dof: np.ndarray | None, cut: float) -> np.ndarray:

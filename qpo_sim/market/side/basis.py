@@ -16,7 +16,7 @@ from jaxtyping import Float
 from qpo_sim.errors import InputError
 from qpo_sim.market.side import process
 from qpo_sim.market.side.view import View
-from qpo_sim.numerics import Rows, each_asset, rows_like, safe_sqrt
+from qpo_sim.numerics import Rows, each_asset, rounded, rows_like, safe_sqrt
 from qpo_sim.random import Address
 from qpo_sim.types import Array
 
@@ -254,7 +254,7 @@ def basis(
         "band": process.vector("band", band, n, above=0.0, below=1.0),
         "initial": means[0] if initial is None else process.vector("initial", initial, n),
     }
-    return Basis(**{key: process.rounded(value, dtype) for key, value in leaves.items()}, follows=follows, name=name)
+    return Basis(**{key: rounded(value, dtype) for key, value in leaves.items()}, follows=follows, name=name)
 
 
 def example(n_assets: int, dtype: Any = jnp.float32, n_regimes: int = 1) -> Basis:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from qpo_sim.market.side import process
 from qpo_sim.market.side.view import View
-from qpo_sim.numerics import Rows, each_asset
+from qpo_sim.numerics import Rows, each_asset, rounded
 from qpo_sim.random import Address
 from qpo_sim.types import Array
 
@@ -180,7 +180,7 @@ def borrow_rate(
         "reserve_factor": process.vector("reserve_factor", reserve_factor, n, at_least=0.0, at_most=1.0),
     }
     return BorrowRate(
-        **{key: process.rounded(value, dtype) for key, value in leaves.items()},
+        **{key: rounded(value, dtype) for key, value in leaves.items()},
         drivers=followed,
         name=name,
     )

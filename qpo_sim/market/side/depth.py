@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from qpo_sim.market.side import process
 from qpo_sim.market.side.view import View
-from qpo_sim.numerics import Rows, each_asset
+from qpo_sim.numerics import Rows, each_asset, rounded
 from qpo_sim.random import Address
 from qpo_sim.types import Array
 
@@ -143,7 +143,7 @@ def depth(
         "jump_response": process.vector("jump_response", jump_response, n, at_least=0.0),
         "initial": np.log(start),
     }
-    return Depth(**{key: process.rounded(value, dtype) for key, value in leaves.items()}, name=name)
+    return Depth(**{key: rounded(value, dtype) for key, value in leaves.items()}, name=name)
 
 
 def example(n_assets: int, dtype: Any = jnp.float32, n_regimes: int = 1) -> Depth:

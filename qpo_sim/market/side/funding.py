@@ -26,7 +26,7 @@ from jaxtyping import Float
 from qpo_sim.errors import InputError
 from qpo_sim.market.side import process
 from qpo_sim.market.side.view import View
-from qpo_sim.numerics import Rows, each_asset, rows_like, safe_sqrt
+from qpo_sim.numerics import Rows, each_asset, rounded, rows_like, safe_sqrt
 from qpo_sim.random import Address
 from qpo_sim.types import Array
 
@@ -247,7 +247,7 @@ def funding(
     if np.any(np.abs(leaves["interest"]) > leaves["cap"]):
         raise InputError(f"interest is {interest} and cap {cap}; the cap must be at least the interest.")
     return Funding(
-        **{key: process.rounded(value, dtype) for key, value in leaves.items()},
+        **{key: rounded(value, dtype) for key, value in leaves.items()},
         settlement_hours=process.number("settlement_hours", settlement_hours, above=0.0),
         longest_step_hours=process.number("longest_step_hours", longest_step_hours, above=0.0),
         smoothed_width=process.number("smoothed_width", smoothed_width, at_least=0.0),

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from qpo_sim.errors import InputError
 from qpo_sim.market.side import process
 from qpo_sim.market.side.view import View
+from qpo_sim.numerics import rounded
 from qpo_sim.random import Address, uniform
 from qpo_sim.types import HOURS_PER_YEAR, Array
 
@@ -222,7 +223,7 @@ def gas(
         "move_limit": process.vector("move_limit", move_limit, 1, above=0.0),
     }
     return Gas(
-        **{key: process.rounded(value, dtype) for key, value in leaves.items()},
+        **{key: rounded(value, dtype) for key, value in leaves.items()},
         driver=process.check_drivers("driver", driver, assets)[0],
         longest_step_hours=longest,
         name=name,

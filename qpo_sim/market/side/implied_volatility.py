@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float
 from qpo_sim.errors import InputError
 from qpo_sim.market.side import process
 from qpo_sim.market.side.view import View
-from qpo_sim.numerics import Rows, each_asset
+from qpo_sim.numerics import Rows, each_asset, rounded
 from qpo_sim.random import Address
 from qpo_sim.types import DAYS_PER_YEAR, HOURS_PER_YEAR, Array
 
@@ -374,7 +374,7 @@ def surface(
         "shape_half_life_hours": shape_half_life,
         "initial_level": 2.0 * np.log(start),
     }
-    return Surface(**{key: process.rounded(value, dtype) for key, value in leaves.items()}, name=name)
+    return Surface(**{key: rounded(value, dtype) for key, value in leaves.items()}, name=name)
 
 
 def example(n_assets: int, dtype: Any = jnp.float32, n_regimes: int = 1) -> Surface:

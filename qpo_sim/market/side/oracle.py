@@ -19,7 +19,7 @@ from jaxtyping import Float
 from qpo_sim.errors import InputError
 from qpo_sim.market.side import process
 from qpo_sim.market.side.view import View
-from qpo_sim.numerics import Rows, each_asset, rows_like
+from qpo_sim.numerics import Rows, each_asset, rounded, rows_like
 from qpo_sim.random import Address, uniform
 from qpo_sim.types import Array
 
@@ -207,7 +207,7 @@ def oracle(
         "outage_hours": process.vector("outage_hours", outage_hours, 1, above=0.0),
     }
     return Oracle(
-        **{key: process.rounded(value, dtype) for key, value in leaves.items()},
+        **{key: rounded(value, dtype) for key, value in leaves.items()},
         latency_hours=process.number("latency_hours", latency_hours, at_least=0.0),
         drivers=followed,
         monitoring=monitoring,

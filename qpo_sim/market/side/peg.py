@@ -26,7 +26,7 @@ from jaxtyping import Float
 from qpo_sim.errors import InputError
 from qpo_sim.market.side import process
 from qpo_sim.market.side.view import View
-from qpo_sim.numerics import Rows, each_asset, polynomial
+from qpo_sim.numerics import Rows, each_asset, polynomial, rounded
 from qpo_sim.random import Address, normal_score
 from qpo_sim.types import DAYS_PER_YEAR, Array
 
@@ -270,7 +270,7 @@ def peg(
         "window_hours": process.vector("window_hours", window_hours, 1, above=0.0),
     }
     return Peg(
-        **{key: process.rounded(value, dtype) for key, value in leaves.items()},
+        **{key: rounded(value, dtype) for key, value in leaves.items()},
         driver=process.check_drivers("driver", driver, assets)[0],
         longest_step_hours=longest,
         coins=coins,

@@ -19,7 +19,6 @@ items); a parameter per item (asset, pool, coin) is a number or a vector with on
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -50,11 +49,6 @@ HOURS_PER_DAY = 24.0
 # Arrivals of one process that a step can hold; what the border allows per step leaves less than 0.2 % to a fourth.
 MAX_ARRIVALS = 3
 MOST_EXPECTED_ARRIVALS = 0.5
-
-
-def rounded(value: Any, dtype: Any) -> Array:
-    """A parameter checked in float64, rounded to the precision of the paths."""
-    return jax.device_put(np.asarray(value, np.float64).astype(dtype))
 
 
 def _checked(

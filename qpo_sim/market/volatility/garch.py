@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from qpo_sim.errors import InputError
 from qpo_sim.market.volatility.local import Local
-from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Rows, each_asset, sqrt
+from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Rows, each_asset, rounded, sqrt
 from qpo_sim.types import Array
 
 # The start of a filter is a weighted mean of the first squared residuals, as in the arch package.
@@ -262,11 +262,6 @@ def refuse(name: str, value: np.ndarray, is_bad: np.ndarray, rule: str) -> None:
     where = tuple(int(k) for k in np.argwhere(is_bad)[0])
     place = f"[{', '.join(map(str, where))}]" if value.size > 1 else ""
     raise InputError(f"{name}{place} is {value[where]:.9g}; {rule}.")
-
-
-def rounded(value: Any, dtype: Any) -> Array:
-    """A leaf in the precision of the paths; rounded by numpy, as JAX would compile a program for each shape."""
-    return jax.device_put(np.asarray(value, np.float64).astype(dtype))
 
 
 def first_rows(values: Float[Array, " assets"], one: Float[Array, " paths"], n_assets: int) -> Rows:
