@@ -328,7 +328,8 @@ def test_euler_gradient_is_that_of_the_simulation():
         return smooth_value(replace(model, **{name: leaves[name] for name in names}, jumps=jumps))
 
     leaves = {name: getattr(model, name) for name in names}
-    assert_gradient(value, {**leaves, "jumps": of_jumps})
+    # Narrow: the truncated variance has a kink at zero, which the quotient of a path that passes it smears.
+    assert_gradient(value, {**leaves, "jumps": of_jumps}, width=1e-6)
     none = jax.jit(jax.grad(lambda x: value({**leaves, "jumps": {**of_jumps, "intensity": x}})))(intensity)
     np.testing.assert_array_equal(none, 0.0)
 

@@ -26,7 +26,16 @@ from jaxtyping import Float, Float32, UInt32
 
 from qpo_sim.errors import InputError, did_you_mean
 from qpo_sim.market.jump.base import Jump
-from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Pair, Rows, each_asset, materialised, regime_matvec, regime_rows
+from qpo_sim.numerics import (
+    MAX_UNROLLED_ASSETS,
+    Pair,
+    Rows,
+    each_asset,
+    materialised,
+    regime_matvec,
+    regime_rows,
+    rounded,
+)
 from qpo_sim.random import SLOT_BITS, Address, normal_pair, threefry2x32
 from qpo_sim.types import HOURS_PER_YEAR, Array
 
@@ -185,13 +194,22 @@ def draw_normals(address: Address, n: int) -> list[Array]:
     n_slots = (n + 1) // 2
 
     def pairs(at: Address):
-        if n_slots <= _MAX_UNROLLED_SLOTS:
-            return at.normal_pairs(n_slots)
-        radius, angle = words_at(replace(at, mirror=None), jnp.arange(n_slots, dtype=jnp.int32)[:, None])
-        # The partner of an antithetic pair has the opposite direction.
-        return normal_pair(radius, angle if at.mirror is None else angle ^ (at.mirror & np.uint32(0x80000000)))
+        return at.normal_pairs(n_slots) if n_slots <= _MAX_UNROLLED_SLOTS else normal_pairs_at(at, n_slots)
 
     return _split(materialised(pairs)(address), n)
+
+
+def uniform_pairs_at(address: Address, n_slots: int) -> Pair:
+    """`tail_uniform` of both words of slots, each (slots, paths)."""
+    return Pair(*map(tail_uniform, words_at(address, jnp.arange(n_slots, dtype=jnp.int32)[:, None])))
+
+
+def normal_pairs_at(address: Address, n_slots: int) -> Pair:
+    """The normals of `Address.normal_pairs`, each of a pair as (slots, paths)."""
+    radius, angle = words_at(replace(address, mirror=None), jnp.arange(n_slots, dtype=jnp.int32)[:, None])
+    # The partner of an antithetic pair has the opposite direction.
+    mirror = address.mirror
+    return normal_pair(radius, angle if mirror is None else angle ^ (mirror & np.uint32(0x80000000)))
 
 
 def _split(stored: Any, n: int) -> list[Array]:
@@ -232,9 +250,8 @@ def regime_masks(masks: Sequence[Array], n_regimes: int) -> tuple[Array, ...]:
     return tuple(masks)
 
 
-def cast(value: Any, dtype: Any) -> Array:
-    """A host array as a leaf of the component."""
-    return jax.device_put(np.asarray(value, np.float64).astype(dtype))
+# The name by which the models of jumps read it.
+cast = rounded
 
 
 def check_numbers(
@@ -516,12 +533,12 @@ def build(
         own_sd = check_vector(systemic.get("own_sd", 0.0), n_assets, "systemic.own_sd", low=0.0)
         cholesky = _cholesky(systemic.get("correlation"), n_assets)
         part = Systemic(
-            intensity=cast(common, dtype),
+            intensity=rounded(common, dtype),
             sizes=systemic_sizes(systemic, loading),
-            loading=cast(loading, dtype),
-            own_mean=cast(own_mean, dtype),
-            own_sd=cast(own_sd, dtype) if np.any(own_sd > 0.0) else None,
-            own_cholesky=None if cholesky is None else cast(cholesky, dtype),
+            loading=rounded(loading, dtype),
+            own_mean=rounded(own_mean, dtype),
+            own_sd=rounded(own_sd, dtype) if np.any(own_sd > 0.0) else None,
+            own_cholesky=None if cholesky is None else rounded(cholesky, dtype),
             max_count=1,
         )
         tilt = np.asarray(part.mean_exp_minus_one(), np.float64) + 1.0
@@ -532,7 +549,7 @@ def build(
         tilt = np.maximum(1.0, np.asarray(sizes.mean_exp_minus_one(), np.float64) + 1.0)
         most = max_count(float((own * tilt).max() * years), what="intensity")
     return CompoundPoisson(
-        intensity=None if own is None else cast(own, dtype),
+        intensity=None if own is None else rounded(own, dtype),
         sizes=None if own is None else sizes,
         systemic=part,
         n_assets=n_assets,

@@ -4,8 +4,8 @@ $$dv_i=\kappa_i(\theta_i-v_i)\,dt+\sigma_i\sqrt{v_i}\,dW_i,\qquad
 d\log S_i=-\tfrac12 v_i\,dt+\sqrt{v_i}\,dB_i,\qquad d\langle B_i,W_j\rangle=\ell_{ij}\,dt.$$
 
 The drivers $W$ have the correlation matrix $\Omega$; $\ell_{ii}=\rho_i$ is the asset's own leverage. Heston (1993),
-Bates (1996), Duffie, Pan & Singleton (2000). A step of length $\Delta$ uses one normal score per asset, made by
-inversion: $z=Ry$ with $y=\Phi^{-1}(u)$ and $RR'=\Omega$. The schemes are those of `market.square_root`: "qe" is
+Bates (1996), Duffie, Pan & Singleton (2000). A step of length $\Delta$ uses one standard normal y per asset,
+called the score of its variance: $z=Ry$ with $RR'=\Omega$. The schemes are those of `market.square_root`: "qe" is
 Andersen's QE-M, "euler" the full-truncation Euler scheme, which is differentiable in the variance's parameters.
 
 What is exact:
@@ -44,6 +44,7 @@ from jaxtyping import Float
 
 from qpo_sim.errors import InputError, did_you_mean
 from qpo_sim.market import variance_jumps
+from qpo_sim.market.jump import poisson
 from qpo_sim.market.square_root import SCHEMES, FullTruncation, QuadraticExponential, correlated, product
 from qpo_sim.market.variance_jumps import VarianceJumps
 from qpo_sim.market.volatility.garch import asset_vectors, first_rows, refuse, rounded
@@ -129,11 +130,11 @@ class Heston:
 
     @property
     def n_slots(self) -> int:
-        """One score per asset, and what the jumps draw."""
-        return self._n_score_slots + (0 if self.jumps is None else self.n_assets * self.jumps.slots_per_asset)
+        """A normal per asset, two from a slot, and what the jumps draw."""
+        return self._n_driver_slots + (0 if self.jumps is None else self.jumps.n_slots)
 
     @property
-    def _n_score_slots(self) -> int:
+    def _n_driver_slots(self) -> int:
         return (self.n_assets + 1) // 2
 
     def stationary_variance(self) -> Float[np.ndarray, " assets"]:
@@ -205,42 +206,44 @@ class Heston:
         self, prepared: Prepared, t: Array, state: Rows, masks: Sequence[Array], address: Address
     ) -> tuple[Rows, Local]:
         """The variances at the end of the step, and the scale and shift of its returns."""
-        dtype = prepared.v0.dtype
-
-        def scores(key, path, step, mirror):
-            own = Address(key, path, step, address.slot, mirror)
-            return rows_like(state, [score.astype(dtype) for score in own.scores(self.n_assets)])
-
-        z = materialised(scores)(address.key, address.path, address.step, address.mirror)
+        normals = poisson.draw_normals(address, self.n_assets)
+        z = rows_like(state, [row.astype(prepared.v0.dtype) for row in normals])
         if prepared.driver_cholesky is not None:
             z = materialised(correlated)(prepared.driver_cholesky, z)
         after, integral, shift = prepared.scheme.step(state, z, is_martingale=self.is_martingale)
-        root = each_asset(safe_sqrt, integral)
         if prepared.cross_loading is not None:
             shared = materialised(product)(prepared.cross_loading, z)
-            shift = each_asset(lambda x, s, e: x + s * e, shift, root, shared)
-        factor = each_asset(lambda s, residual: s * residual, root, prepared.residual)
+            shift = each_asset(lambda x, square, e: x + safe_sqrt(square) * e, shift, integral, shared)
         if prepared.jumps is None:
+            factor = each_asset(lambda square, residual: safe_sqrt(square) * residual, integral, prepared.residual)
             return after, Local(factor, shift)
+        jump = variance_jumps.draw(prepared.jumps, address.after(self._n_driver_slots), state)
+        return self._with_jumps(prepared, after, integral, shift, jump)
 
-        def jumps(constants, key, path, step, mirror):
-            own = Address(key, path, step, address.slot, mirror).after(self._n_score_slots)
-            return variance_jumps.draw(constants, own, state, dtype)
-
-        jump = materialised(jumps)(prepared.jumps, address.key, address.path, address.step, address.mirror)
-        if self.is_martingale:
-            shift = each_asset(lambda x, c: x + c, shift, prepared.jumps.compensator)
-        local = Local(factor, shift, jump.price)
-        return (after, local) if jump.variance is None else self._raised(prepared, after, local, jump.variance)
-
-    def _raised(self, prepared: Prepared, after: Rows, local: Local, jump: Rows) -> tuple[Rows, Local]:
+    def _with_jumps(
+        self, prepared: Prepared, after: Rows, integral: Rows, shift: Rows, jump: variance_jumps.Draw
+    ) -> tuple[Rows, Local]:
+        assert prepared.jumps is not None
+        scheme, compensator, residual = prepared.scheme, prepared.jumps.compensator, prepared.residual
+        if jump.variance is None:
+            factor = each_asset(lambda square, left: safe_sqrt(square) * left, integral, residual)
+            if self.is_martingale:
+                shift = each_asset(lambda x, c: x + c, shift, compensator)
+            return after, Local(factor, shift, jump.price)
         # All of what the jump adds to the variance goes to the shock, so that the mean of the price stays exact.
-        scheme, shift = prepared.scheme, local.shift
-        factor = each_asset(lambda f, y, within: safe_sqrt(f * f + within * y), local.factor, jump, prepared.within)
+        factor = each_asset(
+            lambda square, y, left, within: safe_sqrt(left * left * square + within * y),
+            integral,
+            jump.variance,
+            residual,
+            prepared.within,
+        )
         if self.is_martingale:
-            shift = each_asset(lambda x, y, within: x - 0.5 * within * y, shift, jump, scheme.within)
-        after = each_asset(lambda v, y, lasting: v + lasting * y, after, jump, scheme.lasting)
-        return after, Local(factor, shift, local.jump)
+            shift = each_asset(
+                lambda x, y, c, within: x + c - 0.5 * within * y, shift, jump.variance, compensator, scheme.within
+            )
+        after = each_asset(lambda v, y, lasting: v + lasting * y, after, jump.variance, scheme.lasting)
+        return after, Local(factor, shift, jump.price)
 
     def close(
         self, prepared: Prepared, t: Array, state: Rows, masks: Sequence[Array], local: Local, shocks: Rows
