@@ -28,7 +28,7 @@ _HOMES = {
     "load_venue": "qpo_sim.venue",
     "log_returns": "qpo_sim.data",
     "market_paths": "qpo_sim.simulate",
-    "market_statistics": "qpo_sim.market.compose",
+    "market_statistics": "qpo_sim.market.statistics",
     "measures": "qpo_sim.risk.summary",
     "optimize_weights": "qpo_sim.optimize",
     "regime_student_t": "qpo_sim.market",
@@ -72,7 +72,8 @@ if TYPE_CHECKING:
     from qpo_sim.data import load_prices, log_returns
     from qpo_sim.errors import InputError
     from qpo_sim.market import Market, gbm, regime_student_t
-    from qpo_sim.market.compose import compose_market, market_statistics
+    from qpo_sim.market.compose import compose_market
+    from qpo_sim.market.statistics import market_statistics
     from qpo_sim.optimize import optimize_weights
     from qpo_sim.risk.summary import attribution, measures
     from qpo_sim.sensitivity import value_and_gradient

@@ -1,5 +1,6 @@
 """The market's stages of the simulation line: pure step functions, one simulation step at a time."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,9 @@ from qpo_sim import random
 from qpo_sim.errors import InputError
 from qpo_sim.market import regime, shock
 from qpo_sim.market.dependence.shocks import Shocks
+from qpo_sim.market.jump.base import Jump
 from qpo_sim.market.model import Market, Prepared, Scale
-from qpo_sim.market.side.view import View
+from qpo_sim.market.side.view import View, named
 from qpo_sim.market.volatility.local import Local
 from qpo_sim.numerics import (
     MAX_UNROLLED_ASSETS,
@@ -160,37 +162,7 @@ class _Return(NamedTuple):
 
 
 def _return_stage(market: Market) -> Stage:
-    dtype = market.drift.dtype
     is_driven = market.drivers is not None
-
-    def init(context: Context):
-        prepared: Prepared = context.market
-        one, like = jnp.ones(context.path.shape, dtype), _zeros(market, context)
-        start = jnp.zeros((), jnp.int32)
-        shock_state, volatility, states, drivers, seen = (), (), (), (), {}
-        if prepared.shock is not None:
-            component, constants = prepared.shock
-            shock_state = component.init(constants, one, address(context, Stream.MIXING, start))
-        if prepared.volatility_model is not None:
-            component, constants = prepared.volatility_model
-            at = address(context, Stream.VOLATILITY, start)
-            volatility = component.init(constants, one, market.n_assets, context.n_steps, at)
-        at_jumps = _addresses(context, prepared.jumps, Stream.JUMP, start)
-        jumps = tuple(
-            component.init(constants, one, market.n_assets, at)
-            for (component, constants), at in zip(prepared.jumps, at_jumps, strict=True)
-        )
-        at_sides = _addresses(context, prepared.side, Stream.SIDE, start)
-        sides = tuple(
-            component.init(constants, one, at)
-            for (component, constants), at in zip(prepared.side, at_sides, strict=True)
-        )
-        if is_driven:
-            states, drivers = _first_states(market, context), regime.drivers_init(prepared.drivers, one)
-            # What the side processes say of a step in which nothing happens.
-            view = View(like, like, regime.regime_masks(states, market.regime_of), like, None, {})
-            seen = _side_step(context, start, sides, view)[1]
-        return _Return(like, shock_state, volatility, jumps, sides, states, drivers, seen)
 
     def step(context: Context, t, state: _Return, upstream: Upstream):
         prepared: Prepared = context.market
@@ -199,57 +171,124 @@ def _return_stage(market: Market) -> Stage:
         if is_driven:
             states, scale = _driven(market, context, t, state, scale, draws)
         masks = scale.masks
-        shock_state = state.shock
-        if prepared.shock is None:
-            shocks = _elliptical(market, prepared, scale, normals)
-        else:
-            # One step of addresses further on than `init`'s, here and below.
-            component, constants = prepared.shock
-            at = address(context, Stream.MIXING, t + 1)
-            shock_state, shocks = materialised(component.step)(constants, t, state.shock, masks, at)
-
-        opened, local = (), Local(())
-        if prepared.volatility_model is not None:
-            component, constants = prepared.volatility_model
-            at = address(context, Stream.VOLATILITY, t + 1)
-            opened, local = materialised(component.open)(constants, t, state.volatility, masks, at)
-        jump_states, jumps = [], []
-        at_jumps = _addresses(context, prepared.jumps, Stream.JUMP, t + 1)
-        for (component, constants), before, at in zip(prepared.jumps, state.jumps, at_jumps, strict=True):
-            after, jump = materialised(component.step)(constants, t, before, masks, at)
-            jump_states.append(after)
-            jumps.append(jump)
-
-        def combine(prepared, masks, shocks, local, jumps, log_price):
-            deviation = regime_rows(masks, prepared.volatility, log_price)
-            if len(local.factor):
-                deviation = each_asset(lambda f, v: f * v, local.factor, deviation)
-            move = each_asset(lambda d, e: d * e, deviation, shocks.eps)
-            added = [regime_rows(masks, prepared.drift, log_price), local.shift]
-            added += [jump.compensator for jump in jumps]
-            sizes = [size for size in (local.jump, *(jump.size for jump in jumps)) if size is not None]
-            if market.compensated:
-                added.append(each_asset(lambda c: -c, _cumulants(market, prepared, masks, deviation)))
-            total = _sum(sizes)
-            move = _sum([move, *(rows for rows in added if rows is not None), *([total] if sizes else ())])
-            return move, deviation, total, _sum([log_price, move])
-
-        move, deviation, jump, log_price = materialised(combine)(
-            prepared, masks, shocks, local, tuple(jumps), state.log_price
+        shock_state, shocks = _shock_step(market, context, t, state.shock, scale, normals)
+        opened, local = _volatility_open(context, t, state.volatility, masks)
+        jump_states, jumps = _jump_step(context, t, state.jumps, masks)
+        moved = materialised(partial(_combined, market))(prepared, masks, shocks, local, jumps, state.log_price)
+        volatility = _volatility_close(prepared, t, opened, masks, local, shocks)
+        view = View(
+            moved.log_return, moved.log_price, masks, moved.deviation, moved.jump if len(moved.jump) else None, {}
         )
-        volatility = ()
-        if prepared.volatility_model is not None:
-            component, constants = prepared.volatility_model
-            volatility = component.close(constants, t, opened, masks, local, shocks.eps)
-        view = View(move, log_price, masks, deviation, jump if len(jump) else None, {})
         sides, outputs = _side_step(context, t + 1, state.side, view)
-        drivers = regime.drivers_update(prepared.drivers, state.drivers, move) if is_driven else ()
+        drivers = regime.drivers_update(prepared.drivers, state.drivers, moved.log_return) if is_driven else ()
         seen = outputs if is_driven else {}
-        after = _Return(log_price, shock_state, volatility, tuple(jump_states), sides, states, drivers, seen)
+        after = _Return(moved.log_price, shock_state, volatility, jump_states, sides, states, drivers, seen)
         mixing = scale.mixing if shocks.mixing is None else shocks.mixing
-        return after, Scale(masks, mixing, deviation, jump, outputs)
+        return after, Scale(masks, mixing, moved.deviation, moved.jump, outputs)
 
-    return Stage("return", init, step)
+    return Stage("return", partial(_return_init, market), step)
+
+
+def _return_init(market: Market, context: Context) -> _Return:
+    prepared: Prepared = context.market
+    one, like = jnp.ones(context.path.shape, market.drift.dtype), _zeros(market, context)
+    start = jnp.zeros((), jnp.int32)
+    shock_state, volatility, states, drivers, seen = (), (), (), (), {}
+    if prepared.shock is not None:
+        component, constants = prepared.shock
+        shock_state = component.init(constants, one, address(context, Stream.MIXING, start))
+    if prepared.volatility_model is not None:
+        component, constants = prepared.volatility_model
+        at = address(context, Stream.VOLATILITY, start)
+        volatility = component.init(constants, one, market.n_assets, context.n_steps, at)
+    at_jumps = _addresses(context, prepared.jumps, Stream.JUMP, start)
+    jumps = tuple(
+        component.init(constants, one, market.n_assets, at)
+        for (component, constants), at in zip(prepared.jumps, at_jumps, strict=True)
+    )
+    at_sides = _addresses(context, prepared.side, Stream.SIDE, start)
+    sides = tuple(
+        component.init(constants, one, at) for (component, constants), at in zip(prepared.side, at_sides, strict=True)
+    )
+    if market.drivers is not None:
+        states, drivers = _first_states(market, context), regime.drivers_init(prepared.drivers, one)
+        # What the side processes say of a step in which nothing happens.
+        view = View(like, like, regime.regime_masks(states, market.regime_of), like, None, {})
+        seen = _side_step(context, start, sides, view)[1]
+    return _Return(like, shock_state, volatility, jumps, sides, states, drivers, seen)
+
+
+# The draws of a step are one address further on than those of `init`, here and in what follows.
+
+
+def _shock_step(
+    market: Market, context: Context, t: Array, state: Any, scale: Scale, normals: tuple[Pair, ...]
+) -> tuple[Any, Shocks]:
+    prepared: Prepared = context.market
+    if prepared.shock is None:
+        return state, _elliptical(market, prepared, scale, normals)
+    component, constants = prepared.shock
+    at = address(context, Stream.MIXING, t + 1)
+    return materialised(component.step)(constants, t, state, scale.masks, at)
+
+
+def _volatility_open(context: Context, t: Array, state: Any, masks: tuple[Array, ...]) -> tuple[Any, Local]:
+    prepared: Prepared = context.market
+    if prepared.volatility_model is None:
+        return (), Local(())
+    component, constants = prepared.volatility_model
+    at = address(context, Stream.VOLATILITY, t + 1)
+    return materialised(component.open)(constants, t, state, masks, at)
+
+
+def _volatility_close(
+    prepared: Prepared, t: Array, state: Any, masks: tuple[Array, ...], local: Local, shocks: Shocks
+) -> Any:
+    if prepared.volatility_model is None:
+        return ()
+    component, constants = prepared.volatility_model
+    return component.close(constants, t, state, masks, local, shocks.eps)
+
+
+def _jump_step(context: Context, t: Array, states: tuple[Any, ...], masks: tuple[Array, ...]) -> tuple[tuple, tuple]:
+    prepared: Prepared = context.market
+    addresses = _addresses(context, prepared.jumps, Stream.JUMP, t + 1)
+    done = [
+        materialised(component.step)(constants, t, before, masks, at)
+        for (component, constants), before, at in zip(prepared.jumps, states, addresses, strict=True)
+    ]
+    return tuple(after for after, _ in done), tuple(jump for _, jump in done)
+
+
+class _Moved(NamedTuple):
+    # Log-return, its conditional standard deviation, the part that jumps have in it (or ()), and the log-price after.
+    log_return: Rows
+    deviation: Rows
+    jump: Rows
+    log_price: Rows
+
+
+def _combined(
+    market: Market,
+    prepared: Prepared,
+    masks: tuple[Array, ...],
+    shocks: Shocks,
+    local: Local,
+    jumps: tuple[Jump, ...],
+    log_price: Rows,
+) -> _Moved:
+    deviation = regime_rows(masks, prepared.volatility, log_price)
+    if len(local.factor):
+        deviation = each_asset(lambda f, v: f * v, local.factor, deviation)
+    move = each_asset(lambda d, e: d * e, deviation, shocks.eps)
+    added = [regime_rows(masks, prepared.drift, log_price), local.shift]
+    added += [jump.compensator for jump in jumps]
+    sizes = [size for size in (local.jump, *(jump.size for jump in jumps)) if size is not None]
+    if market.compensated:
+        added.append(each_asset(lambda c: -c, _cumulants(market, prepared, masks, deviation)))
+    total = _sum(sizes)
+    move = _sum([move, *(rows for rows in added if rows is not None), *([total] if sizes else ())])
+    return _Moved(move, deviation, total, _sum([log_price, move]))
 
 
 def _sum(terms: list[Rows]) -> Rows:
@@ -322,10 +361,35 @@ def _side_step(context: Context, step: Array, states: tuple[Any, ...], view: Vie
     after, outputs = [], {}
     addresses = _addresses(context, prepared.side, Stream.SIDE, step)
     for (component, constants), before, at in zip(prepared.side, states, addresses, strict=True):
-        state, named = materialised(component.step)(constants, step, before, view._replace(side=dict(outputs)), at)
+        state, own = materialised(component.step)(constants, step, before, view._replace(side=dict(outputs)), at)
         after.append(state)
-        outputs.update(named)
+        outputs.update(named(component, own))
     return tuple(after), outputs
+
+
+def first_outputs(context: Context, one: Array) -> dict[str, Any]:
+    """Outputs of the side processes before the first step, one row of `one`'s shape each.
+
+    A component says them itself, `first(constants, one)`; of one that does not they are those of a step in which
+    nothing happens.
+    """
+    prepared: Prepared = context.market
+    if not prepared.side:
+        return {}
+    n_assets, n_regimes = prepared.drift.shape[1], prepared.drift.shape[0]
+    zero = 0.0 * one
+    like = (zero,) * n_assets if n_assets <= MAX_UNROLLED_ASSETS else jnp.stack((zero,) * n_assets)
+    start = jnp.zeros((), jnp.int32)
+    addresses = _addresses(context, prepared.side, Stream.SIDE, start)
+    states = tuple(
+        component.init(constants, one, at) for (component, constants), at in zip(prepared.side, addresses, strict=True)
+    )
+    masks = (zero,) * (n_regimes - 1)
+    outputs = _side_step(context, start, states, View(like, like, masks, like, None, {}))[1]
+    for component, constants in prepared.side:
+        if hasattr(component, "first"):
+            outputs.update(named(component, component.first(constants, one)))
+    return outputs
 
 
 def _handed_on(market: Market) -> Stage:

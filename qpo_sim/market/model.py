@@ -4,6 +4,7 @@ A market is a pytree of parameters (differentiable, sweepable leaf by leaf) with
 turns the parameters into constants per simulation step; `market.line` has the pure step functions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -43,7 +44,8 @@ class Market:
       volatility_model: component of `market.volatility`, or None for constant volatility in each regime.
       shock: component of `market.dependence`, or None for the shock above.
       jumps: components of `market.jump`.
-      side: components of `market.side`, in the order in which they see each other.
+      side: components of `market.side`, in the order in which they see each other; their names differ (see
+        `side.view.named`).
       drivers: covariates that move the transition probabilities (`regime.Drivers`), or None.
       assets: names, in column order (static).
       step_hours: length of the base step in hours (static).
@@ -152,8 +154,9 @@ def prepare(market: Market, *, sub_steps: int = 1) -> Prepared:
     """Constants of the kernel for a market whose base step is cut into `sub_steps` simulation steps.
 
     Raises:
-      InputError: a component that is only defined for whole base steps.
+      InputError: a component that is only defined for whole base steps, or two side components of one name.
     """
+    check_side_names(market.side)
     root = jnp.sqrt(jnp.asarray(sub_steps, market.drift.dtype))
     factor, covariance, volatility = market.correlation_cholesky, None, None
     if market.is_composed:
@@ -197,12 +200,34 @@ def prepare_once(market: Market, *, sub_steps: int = 1) -> Prepared:
     return _prepare(replace(market, dof=None), sub_steps=sub_steps)._replace(mixing=_mixing(market))
 
 
+def check_side_names(side: Sequence[Any]) -> None:
+    """Checks that the outputs of side components can be told apart.
+
+    Raises:
+      InputError: two of one name, or a name that is no word.
+    """
+    seen: dict[str, int] = {}
+    for k, component in enumerate(side):
+        name = component.name
+        if not name.isidentifier():
+            raise InputError(
+                f"market.side[{k}].name is {name!r}; it starts the names of outputs, so it must be a word of letters, "
+                "digits and underscores that does not start with a digit."
+            )
+        if name in seen:
+            raise InputError(
+                f"market.side[{k}] and market.side[{seen[name]}] are both named {name}: give one of them a name of its "
+                f"own, e.g. `name: second_{name}`; its outputs then start with that name."
+            )
+        seen[name] = k
+
+
 def _check_sub_steps(market: Market) -> None:
     model = market.volatility_model
     refused = []
     if model is not None and model.needs_base_step:
         refused.append(f"the volatility model {type(model).__name__}")
-    if market.shock is not None and getattr(market.shock, "needs_base_step", True):
+    if market.shock is not None and market.shock.needs_base_step:
         refused.append(f"the shock {type(market.shock).__name__}")
     if refused:
         raise InputError(

@@ -20,6 +20,9 @@ from qpo_sim.types import Array
 # What may drive transition probabilities; any output of a side process may too, by its name.
 DRIVERS = ("volatility", "drawdown", "return")
 
+# How far the sum of a law may be from 1: rounding of numbers given in single precision.
+SUM_TOLERANCE = 1e-6
+
 
 def thresholds(probability: Float[Array, "... regimes"]) -> Float[Array, "... regimes-1"]:
     """Cumulative probabilities without the last (1): the cut points at which a uniform changes its regime."""
@@ -40,13 +43,25 @@ def next_masks(u: Float[Array, " paths"], masks: Sequence[Array], cuts: Float[Ar
     return masks_from_uniform(u, [select(masks, cuts[:, k]) for k in range(cuts.shape[1])])
 
 
-def stationary(transition: Float[Array, "regimes regimes"]) -> Float[Array, " regimes"]:
-    r"""Stationary law: the solution of $\pi' P = \pi'$, $\pi' 1 = 1$."""
-    n = transition.shape[0]
-    system = jnp.concatenate(
-        [(jnp.eye(n, dtype=transition.dtype) - transition).T[:-1], jnp.ones((1, n), transition.dtype)]
-    )
-    return jnp.linalg.solve(system, jnp.zeros(n, transition.dtype).at[-1].set(1.0))
+def stationary_law(transition: Any) -> Float[np.ndarray, "... states"]:
+    r"""Law with $\pi' P = \pi'$ and $\pi' 1 = 1$ of each transition matrix (..., states, states), in float64.
+
+    Raises:
+      InputError: a chain has several, as it falls into parts that never reach each other.
+    """
+    matrix = np.asarray(transition, np.float64)
+    k = matrix.shape[-1]
+    system = np.swapaxes(np.eye(k) - matrix, -1, -2).copy()
+    system[..., -1, :] = 1.0
+    if np.any(np.linalg.cond(system) > 1e12):
+        raise InputError(
+            "the transition matrix has no unique stationary law; connect its states, or give the initial law."
+        )
+    target = np.zeros((*matrix.shape[:-2], k, 1))
+    target[..., -1, 0] = 1.0
+    # States that are left for ever come out as rounding, of either sign.
+    law = np.maximum(np.linalg.solve(system, target)[..., 0], 0.0)
+    return law / law.sum(axis=-1, keepdims=True)
 
 
 def semi_markov(
@@ -58,8 +73,8 @@ def semi_markov(
     r = 1 is the Markov chain. A regime that has lasted r phases ends; `embedded` says which one follows.
 
     Args:
-      initial: law of the regime just before the first step; within a regime all phases are equally likely, as in the
-        stationary process.
+      initial: law of the regime just before the first step, None for the share of time spent in each in the long run;
+        within a regime all phases are equally likely, as in the stationary process.
       mean_duration: mean number of steps in each regime, at least its shape.
       shape: number r of phases of each regime.
       embedded: probabilities of the next regime given that one ends; zero diagonal, rows sum to one.
@@ -70,15 +85,20 @@ def semi_markov(
     Raises:
       InputError: lengths, probabilities or durations that break these rules.
     """
-    initial, duration = np.asarray(initial, np.float64), np.asarray(mean_duration, np.float64)
-    phases, embedded = np.asarray(shape, np.int64), np.asarray(embedded, np.float64)
-    n = initial.size
+    duration, phases = np.asarray(mean_duration, np.float64), np.asarray(shape, np.int64)
+    embedded, n = np.asarray(embedded, np.float64), duration.size
     if duration.shape != (n,) or phases.shape != (n,) or embedded.shape != (n, n):
         raise InputError(f"{n} regimes need {n} durations and shapes and an embedded matrix of {n} x {n}.")
     if n == 1:
         return np.ones(1), np.ones((1, 1)), (0,)
-    check_rows("embedded", embedded)
-    check_rows("initial", initial[None])
+    check_law("embedded", embedded)
+    if initial is None:
+        # How often a regime comes times how long it stays.
+        time = stationary_law(embedded) * duration
+        initial = time / time.sum()
+    initial = check_law("initial", initial)
+    if initial.shape != (n,):
+        raise InputError(f"initial is {initial.tolist()}; it must have a probability for each of {n} regimes.")
     if np.any(np.diag(embedded) != 0.0):
         raise InputError("embedded must have a zero diagonal: a regime that ends is followed by another one.")
     if np.any(phases < 1) or np.any(duration < phases):
@@ -101,18 +121,40 @@ def semi_markov(
     return start, transition, tuple(int(k) for k in np.repeat(np.arange(n), phases))
 
 
-def check_rows(name: str, matrix: np.ndarray) -> None:
-    """Checks that rows are probabilities.
+def check_law(name: str, law: Any) -> Float[np.ndarray, "... states"]:
+    """Probabilities, in float64, whose last axis is a law: one law, the rows of a matrix, or several of these.
 
     Raises:
-      InputError: a negative entry, or a row that does not sum to one.
+      InputError: a probability outside [0, 1], or a row that does not sum to one.
     """
-    if np.any(matrix < 0.0) or not np.all(np.isfinite(matrix)):
-        raise InputError(f"{name} holds probabilities, which must lie in [0, 1]; got {matrix.tolist()}.")
-    sums = matrix.sum(axis=1)
-    worst = int(np.argmax(np.abs(sums - 1.0)))
-    if abs(sums[worst] - 1.0) > 1e-6:
-        raise InputError(f"row {worst + 1} of {name} sums to {sums[worst]:.6g}; the probabilities of a row sum to 1.")
+    law = np.asarray(law, np.float64)
+    bad = np.argwhere(~((law >= 0.0) & (law <= 1.0)))
+    if bad.size:
+        raise InputError(f"{name}{bad[0].tolist()} is {law[tuple(bad[0])]:.9g}; a probability must lie in [0, 1].")
+    total = law.sum(axis=-1)
+    bad = np.argwhere(np.abs(total - 1.0) > SUM_TOLERANCE)
+    if len(bad):
+        place = bad[0].tolist() or ""
+        raise InputError(
+            f"the sum of {name}{place} is {total[tuple(bad[0])]:.9g}; probabilities must sum to 1, in a transition "
+            "matrix along each row."
+        )
+    return law
+
+
+def check_transition(name: str, transition: Any) -> Float[np.ndarray, "... states states"]:
+    """A transition matrix, or several, in float64.
+
+    Raises:
+      InputError: not numbers, not square, a probability outside [0, 1], or a row that does not sum to one.
+    """
+    try:
+        matrix = np.asarray(transition, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is {transition!r}; it must be a matrix of numbers.") from error
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or matrix.size == 0:
+        raise InputError(f"{name} has the shape {matrix.shape}; it must be square, a row for each present state.")
+    return check_law(name, matrix)
 
 
 def regime_masks(masks: Sequence[Array], regime_of: tuple[int, ...] | None) -> tuple[Array, ...]:

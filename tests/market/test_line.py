@@ -121,11 +121,33 @@ def test_semi_markov_refusals():
     for arguments, message in [
         (([0.5, 0.5], [3.0, 2.0], [4, 1], [[0, 1], [1, 0]]), "at least r steps"),
         (([0.5, 0.5], [5.0, 2.0], [2, 1], [[0.5, 0.5], [1, 0]]), "zero diagonal"),
-        (([0.5, 0.5], [5.0, 2.0], [2, 1], [[0, 0.9], [1, 0]]), "sums to 0.9"),
-        (([0.5, 0.4], [5.0, 2.0], [2, 1], [[0, 1], [1, 0]]), "row 1 of initial"),
+        (([0.5, 0.5], [5.0, 2.0], [2, 1], [[0, 0.9], [1, 0]]), r"sum of embedded\[0\] is 0.9"),
+        (([0.5, 0.4], [5.0, 2.0], [2, 1], [[0, 1], [1, 0]]), "sum of initial is 0.9"),
     ]:
         with pytest.raises(InputError, match=message):
             regime.semi_markov(*arguments)
+
+
+def test_stationary_laws():
+    chains = np.array([[[0.9, 0.1], [0.3, 0.7]], [[0.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [0.2, 0.8]]])
+    # The last chain leaves its second state for ever.
+    expected = [[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]]
+    np.testing.assert_allclose(regime.stationary_law(chains), expected, rtol=1e-14, atol=1e-16)
+    with pytest.raises(InputError, match="no unique stationary law"):
+        regime.stationary_law(np.eye(3))
+
+
+@pytest.mark.parametrize(
+    ("law", "message"),
+    [
+        ([0.5, np.nan], r"x\[1\] is nan; a probability"),
+        ([[0.5, 0.5], [1.2, -0.2]], r"x\[1, 0\] is 1.2; a probability"),
+        ([0.5, 0.4], "the sum of x is 0.9; "),
+    ],
+)
+def test_laws_are_checked(law, message):
+    with pytest.raises(InputError, match=message):
+        regime.check_law("x", law)
 
 
 def test_matched_means_leave_no_error_in_what_is_linear():

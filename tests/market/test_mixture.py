@@ -16,7 +16,7 @@ from scipy import integrate, optimize, special, stats
 from qpo_sim import numerics
 from qpo_sim.errors import InputError
 from qpo_sim.market import mixing_law, shock
-from qpo_sim.market.dependence import mixture
+from qpo_sim.market.dependence import levy, mixture
 from qpo_sim.random import Stream, stream_key
 
 F64 = np.float64
@@ -217,7 +217,7 @@ def test_grouped_mixing_is_comonotone():
 def test_nig_process(cases):
     case = cases("models")["A32"]
     p, expected = case["inputs"], case["expected"]
-    made_step = mixture.nig_levy(p["alpha"], p["beta"], p["delta_per_year"], step_hours=8760.0 * p["T"], dtype=F64)
+    made_step = levy.nig_levy(p["alpha"], p["beta"], p["delta_per_year"], step_hours=8760.0 * p["T"], dtype=F64)
     component, mean, deviation = made_step.shock, made_step.mean[0], made_step.volatility[0]
     prepared = component.prepare()
     log_mgf = float(component.log_mgf(prepared, (), (jnp.full((1,), deviation),))[0][0])
@@ -243,7 +243,7 @@ def test_nig_process(cases):
 
 def test_variance_gamma_process():
     sigma, theta, nu, hours = 0.6, -0.4, 0.01, 24.0 * 5
-    component, mean, volatility = mixture.variance_gamma_levy(sigma, theta, nu, step_hours=hours, dtype=F64)
+    component, mean, volatility = levy.variance_gamma_levy(sigma, theta, nu, step_hours=hours, dtype=F64)
     years = hours / 8760.0
     assert mean[0] == pytest.approx(theta * years)
     assert volatility[0] == pytest.approx(np.sqrt((sigma**2 + theta**2 * nu) * years))
@@ -450,8 +450,8 @@ def test_gradient_outside_a_program_is_the_same():
         (lambda: mixture.student_t(4.0, R3, groups=[0, 0, 0]), "groups"),
         (lambda: mixture.student_t(4.0, R3, mixing="assets"), "did you mean"),
         (lambda: mixture.skew_t(6.0, [3.0, -3.0], [[1, 0.9], [0.9, 1]], correlation_of="shock"), "lower the skew"),
-        (lambda: mixture.nig_levy(1.0, -1.5, 0.5), "alpha"),
-        (lambda: mixture.nig_levy([8.0, 9.0], -1.5, 0.9), "shared"),
+        (lambda: levy.nig_levy(1.0, -1.5, 0.5), "alpha"),
+        (lambda: levy.nig_levy([8.0, 9.0], -1.5, 0.9), "shared"),
     ],
 )
 def test_refusals(make, message):

@@ -40,31 +40,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Float, Float64, Int32, UInt32
-from numpy.polynomial import chebyshev
 
 from qpo_sim.errors import InputError
-from qpo_sim.market.block_length import optimal_block_length
+from qpo_sim.market.dependence import resampled_rows
 from qpo_sim.market.dependence.shocks import Shocks
-from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Rows, each_asset, materialised, regime_matvec, regime_rows, select
+from qpo_sim.numerics import (
+    MAX_UNROLLED_ASSETS,
+    Rows,
+    each_asset,
+    materialised,
+    regime_matvec,
+    regime_rows,
+    rounded,
+    select,
+)
 from qpo_sim.random import Address, uniform
 from qpo_sim.types import Array
 
 BUILDERS = ("bootstrap", "filtered_historical")
 
 METHODS = ("stationary", "circular", "iid")
-AUTOMATIC = ("squares", "returns")
-BANDWIDTHS = ("silverman", "scott")
-
-# Fewer dates than this say nothing of a law; more than 2^23 and 32 random bits would tell the odds of dates apart by
-# more than 0.2 % (the relative difference between two dates' probabilities is dates / 2^32).
-MIN_DATES = 10
-MAX_DATES = 2**23
 
 # Rows are standardised, so no value comes near it. A number and not NaN, which debugging switches would stumble over.
 _MISSING = 1e30
-
-_MGF_TOLERANCE = 1e-6
-_MGF_DEGREES = (8, 12, 16, 20, 24, 28, 32)
 
 
 class Resampling(NamedTuple):
@@ -428,10 +426,10 @@ def bootstrap(
       InputError: a field breaks one of these rules, a column has no or too few values or is constant, a regime has too
         few dates, or the covariance is singular where smoothing needs it.
     """
+    rows = resampled_rows.checked_rows(returns, "returns")
     return _resampling(
-        _checked_rows(returns, "returns"), method, block_length, regimes, n_regimes, missing, smoothing, random_phase,
-        scale_limit, True, dtype,
-    )  # fmt: skip
+        rows, method, block_length, regimes, n_regimes, missing, smoothing, random_phase, scale_limit, True, dtype
+    )
 
 
 def filtered_historical(
@@ -475,7 +473,7 @@ def filtered_historical(
     Raises:
       InputError: as `bootstrap`; or a volatility that is not positive on a date with a return, or of another shape.
     """
-    rows = _checked_rows(returns, "returns")
+    rows = resampled_rows.checked_rows(returns, "returns")
     volatility = np.asarray(conditional_volatility, np.float64)
     volatility = volatility[:, None] if volatility.ndim == 1 else volatility
     if volatility.shape not in (rows.shape, (rows.shape[0], 1)):
@@ -518,230 +516,33 @@ def _resampling(
 ) -> Resampling:
     if method not in METHODS:
         raise InputError(f"bootstrap method is {method!r}; it must be one of {', '.join(METHODS)}.")
-    if missing not in ("complete", "own_dates"):
-        raise InputError(f"bootstrap missing is {missing!r}; it must be complete or own_dates.")
     if not (scale_limit > 0.0 and np.isfinite(scale_limit)):
         raise InputError(f"bootstrap scale_limit is {scale_limit}; it must be a positive standard deviation per step.")
-    labels = _labels(regimes, n_regimes, rows.shape[0])
-    if missing == "complete":
-        is_complete = ~np.isnan(rows).any(axis=1)
-        rows, labels = rows[is_complete], labels[is_complete]
-    n_regimes = (int(labels.max(initial=0)) + 1) if regimes is None else _count(regimes, n_regimes)
-    _check_dates(rows, labels, n_regimes, missing)
-    # Sorted by regime, in order of time within one: a ring is a run of rows.
-    order = np.argsort(labels, kind="stable")
-    bounds = np.searchsorted(labels[order], np.arange(n_regimes + 1))
-    sorted_rows = rows[order]
-    parts = [sorted_rows[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    mean = np.stack([np.nanmean(part, axis=0) for part in parts])
-    std = np.stack([np.nanstd(part, axis=0) for part in parts])
-    largest = np.stack([np.nanmax(np.abs(part), axis=0) for part in parts])
-    if np.any(std <= 1e-12 * largest):
-        k, asset = np.argwhere(std <= 1e-12 * largest)[0]
-        raise InputError(
-            f"bootstrap column {asset} is constant in regime {k}; an asset needs returns that vary: leave it out."
-        )
-    if not standardised:
-        mean, std = np.zeros_like(mean), np.ones_like(std)
-    eps = [(part - m) / s for part, m, s in zip(parts, mean, std, strict=True)]
-    in_time = np.empty_like(rows)
-    in_time[order] = np.concatenate(eps)
-    length = _block_length(block_length, method, in_time)
-    groups = _groups(rows)
-    covariance = np.stack([_covariance(part, groups) for part in eps])
-    bandwidth = _bandwidths(smoothing, [part.shape[0] for part in eps], rows.shape[1])
-    cumulant, slope, error = _cumulant_fit(eps, scale_limit)
-
-    def cast(x: Any) -> Array:
-        return jax.device_put(np.asarray(x, np.float64).astype(dtype))
-
+    table = resampled_rows.by_regime(rows, regimes, n_regimes, missing, standardised)
+    length = resampled_rows.dates_per_block(block_length, method, table.in_time)
+    covariance = np.stack([resampled_rows.covariance(part, table.groups) for part in table.parts])
+    counts = tuple(len(part) for part in table.parts)
+    bandwidth = resampled_rows.bandwidths(smoothing, counts, rows.shape[1])
+    cumulant, slope, error = resampled_rows.cumulant_fit(table.parts, scale_limit)
+    # The dates of each group with gaps, regime after regime.
+    own = [[part[~np.isnan(part[:, g[0]])][:, list(g)] for part in table.parts] for g in table.groups]
     shock = Bootstrap(
-        table=cast(np.nan_to_num(np.concatenate(eps), nan=_MISSING)),
-        own=tuple(cast(np.concatenate([part[~np.isnan(part[:, g[0]])][:, list(g)] for part in eps])) for g in groups),
-        renewal=cast(1.0 / length) if method == "stationary" else None,
-        covariance=cast(covariance),
-        factor=None if bandwidth is None else cast(_cholesky(covariance)),
-        bandwidth=None if bandwidth is None else cast(bandwidth),
-        mean=cast(np.stack([np.nanmean(part, axis=0) for part in eps])),
-        cumulant=cast(cumulant),
-        cumulant_slope=cast(slope),
-        counts=tuple(part.shape[0] for part in eps),
-        own_assets=groups,
-        own_counts=tuple(tuple(int(np.sum(~np.isnan(part[:, g[0]]))) for part in eps) for g in groups),
+        table=rounded(np.nan_to_num(np.concatenate(table.parts), nan=_MISSING), dtype),
+        own=tuple(rounded(np.concatenate(parts), dtype) for parts in own),
+        renewal=rounded(1.0 / length, dtype) if method == "stationary" else None,
+        covariance=rounded(covariance, dtype),
+        factor=None if bandwidth is None else rounded(resampled_rows.cholesky(covariance), dtype),
+        bandwidth=None if bandwidth is None else rounded(bandwidth, dtype),
+        mean=rounded(np.stack([np.nanmean(part, axis=0) for part in table.parts]), dtype),
+        cumulant=rounded(cumulant, dtype),
+        cumulant_slope=rounded(slope, dtype),
+        counts=counts,
+        own_assets=table.groups,
+        own_counts=tuple(tuple(len(part) for part in parts) for parts in own),
         method=method,
         block_length=int(length) if method == "circular" else 0,
         random_phase=bool(random_phase),
         scale_limit=float(scale_limit),
         mgf_error=error,
     )
-    return Resampling(shock, mean, std)
-
-
-def _checked_rows(returns: Any, name: str) -> np.ndarray:
-    rows = np.asarray(returns, np.float64)
-    rows = rows[:, None] if rows.ndim == 1 else rows
-    if rows.ndim != 2 or rows.shape[1] == 0:
-        raise InputError(f"bootstrap {name} has the shape {rows.shape}; it must be (dates, assets).")
-    if rows.shape[0] >= MAX_DATES:
-        raise InputError(
-            f"bootstrap {name} has {rows.shape[0]} rows; draws have 32 bits, which tell fewer than {MAX_DATES} dates "
-            f"apart evenly: use a coarser step or a shorter sample."
-        )
-    bad = np.argwhere(np.isinf(rows))
-    if bad.size:
-        raise InputError(
-            f"bootstrap {name} is infinite in row {bad[0][0]}, column {bad[0][1]}; a value must be finite, or NaN "
-            f"where there is none."
-        )
-    empty = np.flatnonzero(np.isnan(rows).all(axis=0))
-    if empty.size:
-        raise InputError(f"bootstrap {name} column {empty[0]} has no value at all; leave the asset out.")
-    return rows
-
-
-def _count(regimes: Any, n_regimes: int | None) -> int:
-    return int(np.max(np.asarray(regimes))) + 1 if n_regimes is None else int(n_regimes)
-
-
-def _labels(regimes: Any, n_regimes: int | None, n_dates: int) -> np.ndarray:
-    if regimes is None:
-        if n_regimes not in (None, 1):
-            raise InputError(
-                f"bootstrap n_regimes is {n_regimes} but no date has a label; give `regimes`, one per date."
-            )
-        return np.zeros(n_dates, np.int64)
-    labels = np.asarray(regimes)
-    if labels.shape != (n_dates,):
-        raise InputError(
-            f"bootstrap regimes has the shape {labels.shape}; it must have one label for each of {n_dates} rows."
-        )
-    whole = labels.astype(np.int64)
-    count = _count(regimes, n_regimes)
-    bad = np.flatnonzero((whole != labels) | (whole < 0) | (whole >= count))
-    if bad.size:
-        raise InputError(
-            f"bootstrap regimes is {labels[bad[0]]} in row {bad[0]}; a label must be one of 0..{count - 1}."
-        )
-    return whole
-
-
-def _check_dates(rows: np.ndarray, labels: np.ndarray, n_regimes: int, missing: str) -> None:
-    has_value = ~np.isnan(rows)
-    for k in range(n_regimes):
-        in_regime = labels == k
-        where = f" in regime {k}" if n_regimes > 1 else ""
-        n_dates = int(in_regime.sum())
-        if n_dates < MIN_DATES:
-            which = "dates on which every asset has a value" if missing == "complete" else "dates"
-            raise InputError(
-                f"bootstrap has {n_dates} {which}{where}; it takes at least {MIN_DATES}: use a longer sample, fewer "
-                f'assets or regimes, or missing="own_dates" for late listings.'
-            )
-        own = has_value[in_regime].sum(axis=0)
-        if own.min() < MIN_DATES:
-            raise InputError(
-                f"bootstrap column {int(own.argmin())} has {own.min()} values{where}; it takes at least {MIN_DATES}: "
-                f"leave the asset out, or use fewer regimes."
-            )
-
-
-def _block_length(block_length: float | str, method: str, eps: np.ndarray) -> float:
-    if method == "iid":
-        return 1.0
-    if isinstance(block_length, str):
-        if block_length not in AUTOMATIC:
-            raise InputError(
-                f"bootstrap block_length is {block_length!r}; it must be a number of dates or one of "
-                f"{', '.join(AUTOMATIC)}."
-            )
-        length = float(optimal_block_length(eps**2 if block_length == "squares" else eps, kind=method))
-        return float(np.round(length)) if method == "circular" else length
-    if not 1.0 <= block_length <= eps.shape[0]:
-        raise InputError(
-            f"bootstrap block_length is {block_length}; it must be at least 1 and at most the number of dates, "
-            f"{eps.shape[0]}."
-        )
-    if method == "circular" and block_length != int(block_length):
-        raise InputError(f"bootstrap block_length is {block_length}; circular blocks have a whole number of dates.")
-    return float(block_length)
-
-
-def _groups(rows: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    """Assets with gaps, those with the same ones together, in order of their first asset."""
-    groups: dict[bytes, list[int]] = {}
-    for asset, column in enumerate(np.isnan(rows).T):
-        if column.any():
-            groups.setdefault(column.tobytes(), []).append(asset)
-    return tuple(map(tuple, groups.values()))
-
-
-def _covariance(eps: np.ndarray, groups: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    """Exact covariance of the resampled shocks: a borrowed value is independent of all but those borrowed with it."""
-    has_value = ~np.isnan(eps)
-    centred = np.where(has_value, eps - np.nanmean(eps, axis=0), 0.0)
-    covariance = centred.T @ centred / eps.shape[0]
-    for group in groups:
-        index = np.ix_(group, group)
-        # Both present, or both borrowed from one of their common dates: the covariance over these.
-        covariance[index] = covariance[index] * eps.shape[0] / has_value[:, group[0]].sum()
-    return covariance
-
-
-def _cholesky(covariance: np.ndarray) -> np.ndarray:
-    try:
-        return np.linalg.cholesky(covariance)
-    except np.linalg.LinAlgError as error:
-        raise InputError(
-            "bootstrap smoothing needs a positive definite covariance in every regime; use more dates than assets, "
-            "leave out assets that others add up to, or switch smoothing off."
-        ) from error
-
-
-def _bandwidths(smoothing: float | str | None, counts: list[int], n_assets: int) -> np.ndarray | None:
-    if smoothing is None:
-        return None
-    if isinstance(smoothing, str):
-        if smoothing not in BANDWIDTHS:
-            raise InputError(
-                f"bootstrap smoothing is {smoothing!r}; it must be a bandwidth, None or one of {', '.join(BANDWIDTHS)}."
-            )
-        dates = np.asarray(counts, np.float64)
-        dates = dates * (n_assets + 2.0) / 4.0 if smoothing == "silverman" else dates
-        return dates ** (-1.0 / (n_assets + 4.0))
-    if not (smoothing >= 0.0 and np.isfinite(smoothing)):
-        raise InputError(f"bootstrap smoothing is {smoothing}; a bandwidth must be at least 0, in standard deviations.")
-    return np.full(len(counts), float(smoothing))
-
-
-def _cumulant_fit(eps: list[np.ndarray], limit: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Chebyshev coefficients (coefficient, regime, asset), slopes at the limit, and the largest error of the values."""
-    # Fitted at the zeros of a Chebyshev polynomial, checked at its extremes, which lie half-way between.
-    n_nodes = 2 * _MGF_DEGREES[-1] + 1
-    nodes = np.cos(np.pi * (np.arange(n_nodes) + 0.5) / n_nodes)
-    between = np.cos(np.pi * np.arange(n_nodes + 1) / n_nodes)
-    scales = 0.5 * limit * (np.concatenate([nodes, between]) + 1.0)
-    columns = [[c[~np.isnan(c)] for c in part.T] for part in eps]
-    values = [[_centred_cumulant(c - c.mean(), scales, limit) for c in row] for row in columns]
-    slope = np.array([[slope for _, slope in row] for row in values])
-    ratio = np.array([ratio for row in values for ratio, _ in row]).T
-    coefficients, error = np.empty(0), np.inf
-    for degree in _MGF_DEGREES:
-        coefficients = chebyshev.chebfit(nodes, ratio[:n_nodes], degree)
-        error = float(np.abs(chebyshev.chebval(between, coefficients) - ratio[n_nodes:].T).max()) * limit**2
-        if error < _MGF_TOLERANCE:
-            break
-    return coefficients.reshape(-1, *slope.shape), slope, error
-
-
-def _centred_cumulant(x: np.ndarray, scales: np.ndarray, limit: float) -> tuple[np.ndarray, float]:
-    """Ratio of log E exp(s x) to s^2 at the scales, and the derivative of the former at the limit; x has mean 0."""
-    largest = x.max()
-    value = np.array([s * largest + np.log(np.mean(np.exp(s * (x - largest)))) for s in scales])
-    square = x * x
-    second, third, fourth = square.mean(), square @ x / x.size, square @ square / x.size
-    series = second / 2.0 + scales * (third / 6.0 + scales * (fourth - 3.0 * second**2) / 24.0)
-    # Near 0 the logarithm has lost its digits, and three terms have them all.
-    is_small = scales * np.abs(x).max() < 1e-3
-    ratio = np.where(is_small, series, value / np.where(is_small, 1.0, scales) ** 2)
-    weight = np.exp(limit * (x - largest))
-    return ratio, float(weight @ x / weight.sum())
+    return Resampling(shock, table.mean, table.std)

@@ -41,7 +41,7 @@ from qpo_sim.market.mixing_law import (
     tabulated,
 )
 from qpo_sim.market.shock import SCORE_RANGE
-from qpo_sim.numerics import Rows, each_asset, materialised
+from qpo_sim.numerics import Rows, each_asset, materialised, rounded
 from qpo_sim.types import Array
 
 BUILDERS = ("gaussian_copula", "t_copula", "skew_t_copula")
@@ -380,7 +380,7 @@ def copula(score: Mixture, margins: Any, *, cut: float = MARGIN_CUT, n_cells: in
     u = np.where(_NODES < 0.0, special.ndtr(_NODES), 1.0 - special.ndtr(-_NODES))
     nodes = np.stack([np.stack([_quantiles(margin, u, i) for i, margin in enumerate(row)]) for row in by_state])
     dtype = score.cholesky.dtype
-    return Copula(score, jax.device_put(nodes.astype(dtype)), cut, int(n_cells))
+    return Copula(score, rounded(nodes, dtype), cut, int(n_cells))
 
 
 def _quantiles(margin: marginal.Margin, u: np.ndarray, asset: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from qpo_sim.market.dependence.correlation import (
     correlation_of,
 )
 from qpo_sim.market.dependence.shocks import Shocks
-from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Rows, each_asset, materialised, select
+from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Rows, each_asset, materialised, rounded, select
 from qpo_sim.random import Address
 from qpo_sim.types import Array
 
@@ -75,6 +75,11 @@ class Dcc:
     def is_conditionally_gaussian(self) -> bool:
         """True, with the correlations of the step, which `conditional_correlation` gives."""
         return True
+
+    @property
+    def needs_base_step(self) -> bool:
+        """Correlations and scale are held within a base step, so it may be cut."""
+        return False
 
     def prepare(self, *, sub_steps: int = 1) -> "PreparedDcc":
         """Constants per simulation step; Q and the scale are held over the `sub_steps` of a base step."""
@@ -275,15 +280,12 @@ def dcc(
         raise InputError(f"dof has shape {np.shape(dof)}; give one number, or one per regime.")
     nu = None if dof is None else common_mixing.check_dof("dof", dof, max(1, np.size(dof)))
 
-    def cast(x: Any) -> Array:
-        return jax.device_put(np.asarray(x, np.float64).astype(dtype))
-
     return Dcc(
-        cast(cholesky),
-        cast(a),
-        cast(b),
-        None if start is None else cast(start),
-        None if nu is None else cast(nu),
+        rounded(cholesky, dtype),
+        rounded(a, dtype),
+        rounded(b, dtype),
+        None if start is None else rounded(start, dtype),
+        None if nu is None else rounded(nu, dtype),
         bool(corrected),
         common_mixing.check_cut(mixing_cut),
     )

@@ -24,7 +24,17 @@ from qpo_sim.market.dependence import common_mixing
 from qpo_sim.market.dependence.common_mixing import Mixing
 from qpo_sim.market.dependence.correlation import check_correlation
 from qpo_sim.market.dependence.shocks import Shocks
-from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Pair, Rows, each_asset, materialised, regime_rows, safe_sqrt, select
+from qpo_sim.numerics import (
+    MAX_UNROLLED_ASSETS,
+    Pair,
+    Rows,
+    each_asset,
+    materialised,
+    regime_rows,
+    rounded,
+    safe_sqrt,
+    select,
+)
 from qpo_sim.random import MAX_SLOTS, Address
 from qpo_sim.types import Array
 
@@ -68,6 +78,11 @@ class Factor:
     def is_conditionally_gaussian(self) -> bool:
         """Whether one scale per step makes the shocks Gaussian with fixed correlations; not with scales by factor."""
         return self.factor_dof is None
+
+    @property
+    def needs_base_step(self) -> bool:
+        """The mixing scales are held within a base step, so it may be cut."""
+        return False
 
     def prepare(self, *, sub_steps: int = 1) -> "PreparedFactor":
         """Constants per simulation step; the mixing scales are held over the `sub_steps` of a base step."""
@@ -269,10 +284,12 @@ def factor(
     nu = None if dof is None else common_mixing.check_dof("dof", dof, b.shape[0])
     own = None if factor_dof is None else common_mixing.check_dof("factor_dof", factor_dof, b.shape[2])
 
-    def cast(x: np.ndarray | None) -> Array | None:
-        return None if x is None else jax.device_put(x.astype(dtype))
-
-    made = Factor(cast(b), cast(nu), cast(own), common_mixing.check_cut(mixing_cut))
+    made = Factor(
+        rounded(b, dtype),
+        None if nu is None else rounded(nu, dtype),
+        None if own is None else rounded(own, dtype),
+        common_mixing.check_cut(mixing_cut),
+    )
     if made.n_slots > MAX_SLOTS:
         raise InputError(
             f"{made.n_assets} assets and {made.n_factors} factors need {made.n_slots} slots of draws per step; there "

@@ -25,7 +25,7 @@ from qpo_sim.errors import InputError, did_you_mean
 from qpo_sim.market.dependence import pair_copula as pairs
 from qpo_sim.market.dependence.pair_copula import PairCopula
 from qpo_sim.market.dependence.shocks import Shocks
-from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Rows, each_asset, materialised, select
+from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Rows, each_asset, materialised, rounded, select
 from qpo_sim.random import Address
 from qpo_sim.types import Array
 
@@ -318,7 +318,7 @@ def vine(
         # One pair copula for all edges of a tree that few assets do not have stands for none.
         trees = [tree for t, tree in enumerate(trees) if t < len(order) - 1 or not _is_single(tree)]
         if not trees and [int(x) for x in order] == [0]:
-            return Vine(jax.device_put(np.zeros((1, 0), dtype)), None, margin, n_assets=1)
+            return Vine(rounded(np.zeros((1, 0)), dtype), None, margin, n_assets=1)
     shapes = _edges_of(structure, trees, order)
     n_assets = len(shapes[0]) + 1
     _check_trees(n_assets, shapes)
@@ -344,7 +344,7 @@ def vine(
 
     def cast(values: list[list[float | None]]) -> Array:
         table = np.asarray(values, np.float64).reshape(len(values), n_regimes).T
-        return jax.device_put(table.astype(dtype))
+        return rounded(table, dtype)
 
     return Vine(
         parameter=cast([[copula.parameter for copula in row] for row in rows]),

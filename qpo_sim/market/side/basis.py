@@ -44,7 +44,7 @@ class Basis:
       band: B.
       initial: b and e before the first step.
       follows: name of an output of a component before this one, rows by asset; None for none (static).
-      name: of the component (static).
+      name: of the component, see `view.named` (static).
 
     Pathwise gradient: all parameters.
     """

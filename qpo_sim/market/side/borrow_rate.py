@@ -64,7 +64,7 @@ class BorrowRate:
       optimal: U*.
       reserve_factor: RF.
       drivers: number of the asset that each pool follows (static).
-      name: of the component (static).
+      name: of the component, see `view.named` (static).
 
     Pathwise gradient: all parameters.
     """
@@ -155,7 +155,7 @@ def borrow_rate(
       optimal: in (0, 1).
       reserve_factor: share of interest that suppliers do not get, in [0, 1].
       assets: names of the market's assets, where drivers are named.
-      name: of the component.
+      name: of the component, see `view.named`.
       dtype: precision of the paths.
 
     Raises:

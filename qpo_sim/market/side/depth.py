@@ -38,7 +38,7 @@ class Depth:
       move_limit: l, what one step's move takes off at most.
       jump_response: j.
       initial: log depth before the first step.
-      name: of the component (static).
+      name: of the component, see `view.named` (static).
 
     Pathwise gradient: all parameters.
     """

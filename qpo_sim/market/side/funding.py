@@ -92,7 +92,7 @@ class Funding:
       settlement_hours: time between payments; the first falls that long after the start (static).
       longest_step_hours: steps up to this length can be simulated (static).
       smoothed_width: 0 for the rate itself, else the width of `smoothed_funding_rate` (static).
-      name: of the component (static).
+      name: of the component, see `view.named` (static).
 
     Pathwise gradient: all parameters; in mean, deviation, half_life_hours and return_response the rate's is zero
     while it is pinned, unless smoothed.

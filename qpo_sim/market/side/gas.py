@@ -53,7 +53,7 @@ class Gas:
       move_limit: l, what one move can add at most.
       driver: number of the asset (static).
       longest_step_hours: steps up to this length can be simulated (static).
-      name: of the component (static).
+      name: of the component, see `view.named` (static).
 
     Pathwise gradient: all parameters but spike_per_day.
     """
@@ -190,7 +190,7 @@ def gas(
       driver: asset, by number or name.
       assets: names of the market's assets, where the driver is named.
       longest_step_hours: steps up to this length can be simulated.
-      name: of the component.
+      name: of the component, see `view.named`.
       dtype: precision of the paths.
 
     Raises:

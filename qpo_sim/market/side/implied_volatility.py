@@ -49,9 +49,11 @@ _RHO_LIMIT = 0.999
 _ETA_LIMIT = 2.0 * (1.0 - 1e-6)
 
 
-def of_asset(outputs: Mapping[str, Rows], i: int) -> dict[str, Array]:
-    """The surface of one asset, from the outputs of all."""
-    return {name: rows[i] for name, rows in outputs.items() if name.startswith("iv_")}
+def of_asset(outputs: Mapping[str, Rows], i: int, *, name: str = "implied_volatility") -> dict[str, Array]:
+    """The surface of one asset, from the outputs of all side components; `name` is that of the surface's component."""
+    prefix = "" if name == Surface.name else f"{name}_"
+    start = prefix + "iv_"
+    return {key.removeprefix(prefix): rows[i] for key, rows in outputs.items() if key.startswith(start)}
 
 
 def atm_total_variance(maturity_years: Array, outputs: Mapping[str, Array]) -> Array:
@@ -177,7 +179,7 @@ class Surface:
       convexity_response: z per unit of log-return.
       shape_half_life_hours: of y and z.
       initial_level: x before the first step.
-      name: of the component (static).
+      name: of the component, see `view.named` (static).
 
     Pathwise gradient: all parameters.
     """

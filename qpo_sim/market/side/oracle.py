@@ -54,7 +54,7 @@ class Oracle:
       latency_hours: L (static).
       drivers: number of the asset of each feed (static).
       monitoring: "step" or "continuous" (static).
-      name: of the component (static).
+      name: of the component, see `view.named` (static).
 
     Pathwise gradient: prices, through the last update; threshold only in the error of continuous monitoring. None:
     heartbeat_hours, outage_per_day and outage_hours, which decide whether there is an update.
@@ -190,7 +190,7 @@ def oracle(
       outage_hours: mean duration.
       monitoring: "step" or "continuous".
       assets: names of the market's assets, where drivers are named.
-      name: of the component.
+      name: of the component, see `view.named`.
       dtype: precision of the paths.
 
     Raises:

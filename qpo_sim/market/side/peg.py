@@ -78,7 +78,7 @@ class Peg:
       driver: number of the asset whose falls matter (static).
       longest_step_hours: steps up to this length can be simulated (static).
       coins: names (static).
-      name: of the component (static).
+      name: of the component, see `view.named` (static).
 
     Pathwise gradient: deviation, half_life_hours, depeg_half_life_hours and the sizes. None: intensities,
     fall_threshold and window_hours, which decide whether something happens.
@@ -238,7 +238,7 @@ def peg(
       driver: asset, by number or name.
       assets: names of the market's assets, where the driver is named.
       longest_step_hours: steps up to this length can be simulated.
-      name: of the component.
+      name: of the component, see `view.named`.
       dtype: precision of the paths.
 
     Raises:

@@ -1,5 +1,6 @@
-"""What a side process sees of the market in one step."""
+"""What a side process sees of the market in one step, and what its outputs are called."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from qpo_sim.numerics import Rows
@@ -23,3 +24,13 @@ class View(NamedTuple):
     volatility: Rows
     jump: Rows | None
     side: dict[str, Any]
+
+
+def named(component: Any, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs of a side component by the names that other components, drivers and records use.
+
+    They are those that the component gives them, preceded by `<name>_` where it has another name than its kind's own:
+    a second `peg` named `dai` gives `dai_peg`.
+    """
+    prefix = "" if component.name == type(component).name else f"{component.name}_"
+    return {prefix + output: rows for output, rows in outputs.items()}

@@ -10,14 +10,12 @@ from jaxtyping import Float
 
 from qpo_sim.errors import InputError
 from qpo_sim.market import regime
+from qpo_sim.market.regime import check_law, check_transition, stationary_law
 from qpo_sim.market.volatility.garch import finite, first_rows, refuse, rounded
 from qpo_sim.market.volatility.local import Local
 from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Pair, Rows, each_asset, materialised, select
 from qpo_sim.random import Address
 from qpo_sim.types import Array
-
-# How far the sum of a row of probabilities may be from 1: rounding of numbers given in single precision.
-ROW_TOLERANCE = 1e-6
 
 
 @jax.tree_util.register_dataclass
@@ -165,7 +163,7 @@ def asset_chain(
     refuse("asset_chain.scale", factor, factor <= 0.0, "it must be positive, e.g. 1 for no change")
     parts = {"transition": (matrix, 2), "scale": (factor, 1)}
     if initial is not None:
-        parts["initial"] = (_check_law("asset_chain.initial", finite("asset_chain.initial", initial)), 1)
+        parts["initial"] = (check_law("asset_chain.initial", finite("asset_chain.initial", initial)), 1)
     n = n_assets or max(len(part) if part.ndim > rank else 1 for part, rank in parts.values())
     for name, (part, rank) in parts.items():
         if part.ndim not in (rank, rank + 1) or part.shape[-1] != k or (part.ndim > rank and len(part) not in (1, n)):
@@ -181,42 +179,6 @@ def asset_chain(
     if normalised:
         factor = factor / np.sqrt(np.sum(law * factor**2, axis=1, keepdims=True))
     return AssetChain(scale=rounded(factor, dtype), transition=rounded(matrix, dtype), initial=rounded(start, dtype))
-
-
-def check_transition(name: str, transition: Any) -> Float[np.ndarray, "... states states"]:
-    """A transition matrix, or several, in float64.
-
-    Raises:
-      InputError: not square, a probability outside [0, 1], or a row that does not sum to 1.
-    """
-    matrix = finite(name, transition)
-    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or matrix.size == 0:
-        raise InputError(f"{name} has the shape {matrix.shape}; it must be square, a row for each present state.")
-    return _check_law(name, matrix)
-
-
-def _check_law(name: str, law: np.ndarray) -> np.ndarray:
-    refuse(name, law, (law < 0.0) | (law > 1.0), "a probability must lie in [0, 1]")
-    total = law.sum(axis=-1)
-    rule = "probabilities must sum to 1; rows are the present state, columns the next"
-    refuse(f"the sum of {name}", total, np.abs(total - 1.0) > ROW_TOLERANCE, rule)
-    return law
-
-
-def stationary_law(transition: Float[np.ndarray, "... states states"]) -> Float[np.ndarray, "... states"]:
-    r"""The law with $\pi' P = \pi'$ of each transition matrix, in float64.
-
-    Raises:
-      InputError: a chain has several, as it never leaves some of its states.
-    """
-    k = transition.shape[-1]
-    system = np.swapaxes(np.eye(k) - transition, -1, -2).copy()
-    system[..., -1, :] = 1.0
-    if np.any(np.linalg.cond(system) > 1e12):
-        raise InputError("the transition matrix has no unique stationary law; connect its states.")
-    target = np.zeros((*transition.shape[:-2], k, 1))
-    target[..., -1, 0] = 1.0
-    return np.linalg.solve(system, target)[..., 0]
 
 
 def example(n_assets: int, dtype: Any) -> AssetChain:

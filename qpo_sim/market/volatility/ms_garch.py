@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qpo_sim.errors import InputError
-from qpo_sim.market.volatility.asset_chain import check_transition, stationary_law
+from qpo_sim.market.regime import check_transition, stationary_law
 from qpo_sim.market.volatility.garch import LARGEST_PERSISTENCE, finite, first_rows, refuse, rounded
 from qpo_sim.market.volatility.local import Local
 from qpo_sim.numerics import Rows, each_asset, regime_rows, select, sqrt
