@@ -1,6 +1,7 @@
 r"""How fast qpo_sim makes paths, next to NumPy and numba on the same workload in one interleaved run.
 
-The workloads are those of `qpo_sim.bench.workload`: W1 has 10 assets and 365 steps, W3 100 assets and 100 steps.
+The workloads are those of `qpo_sim.bench.workload`: W1 has 10 assets and 365 steps, W2 one asset with GARCH variance
+and 365 steps, W3 100 assets and 100 steps.
 
 A second table times the shipped leveraged book (bridge monitoring, attribution) through the whole streaming run.
 
@@ -36,7 +37,7 @@ LEVELS = (0.95, 0.99)
 # Pairs of estimates differ by more than this many standard errors once in 16 000.
 MAX_DEVIATION = 4.0
 # Assets, steps and paths of each workload.
-WORKLOADS = {"W1": (10, 365, 16_384), "W3": (100, 100, 4096)}
+WORKLOADS = {"W1": (10, 365, 16_384), "W2": (1, 365, 65_536), "W3": (100, 100, 4096)}
 
 Implementation = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
@@ -91,7 +92,8 @@ def qpo_sim_paths(model: dict[str, Any], sizes: Sizes) -> tuple[Implementation, 
     from qpo_sim.simulate import Plan
 
     assets = workload.names(model)
-    market, book = workload.market_of(model, assets), workload.book_of(model, assets)
+    make_market = workload.garch_market_of if sizes.workload == "W2" else workload.market_of
+    market, book = make_market(model, assets), workload.book_of(model, assets)
     plan = Plan(sizes.steps, monitoring="step", attribution=False, dates=(sizes.steps,))
     engine = build_engine(market, book, plan, n_paths=sizes.paths, devices=sizes.devices)
 
@@ -113,9 +115,10 @@ def implementation(name: str, model: dict[str, Any], sizes: Sizes, reference: An
     if name == OURS:
         return qpo_sim_paths(model, sizes)
     if name == NUMPY:
-        from qpo_sim.bench.workload import numpy_paths
+        from qpo_sim.bench.workload import numpy_garch_paths, numpy_paths
 
-        return lambda seed: numpy_paths(model, sizes.paths, sizes.steps, seed), 0.0
+        program = numpy_garch_paths if sizes.workload == "W2" else numpy_paths
+        return lambda seed: program(model, sizes.paths, sizes.steps, seed), 0.0
     run = reference.IMPL[name]
 
     def paths(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -352,13 +355,14 @@ def n_cores() -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Command line; `--quick` shrinks what was not given."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--baselines", type=Path, default=ROOT.parent / "shared" / "bench" / "perf",
                         help="folder with baselines.py (default: ../shared/bench/perf beside the project)")  # fmt: skip
     parser.add_argument("--repetitions", type=int, help="timed repetitions of each implementation (default 5)")
-    parser.add_argument("--workload", choices=WORKLOADS, default="W1", help="W1: 10 assets (default), W3: 100 assets")
-    parser.add_argument("--paths", type=int, help="paths per repetition (default 16384 for W1, 4096 for W3)")
-    parser.add_argument("--steps", type=int, help="steps (default 365 for W1, 100 for W3)")
+    parser.add_argument("--workload", choices=WORKLOADS, default="W1",
+                        help="W1: 10 assets (default), W2: one asset with GARCH variance, W3: 100 assets")  # fmt: skip
+    parser.add_argument("--paths", type=int, help="paths per repetition (default 16384 for W1, 65536 W2, 4096 W3)")
+    parser.add_argument("--steps", type=int, help="steps (default 365 for W1 and W2, 100 for W3)")
     parser.add_argument("--book-paths", type=int, help="paths of the leveraged book, 0 to leave it out (default 10^6)")
     parser.add_argument("--book-steps", type=int, help="steps of the leveraged book (default 30)")
     parser.add_argument("--devices", type=int, default=n_cores(), help="host devices (default: one per core)")

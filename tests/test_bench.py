@@ -44,16 +44,22 @@ def test_a_ratio_may_fall_by_the_tolerance(ratio, reference, verdict):
     assert ratios.judge(ratio, reference, 0.2) == verdict
 
 
-def test_the_numpy_program_and_the_kernel_simulate_one_model():
+@pytest.mark.parametrize(
+    ("n_assets", "market_of", "numpy_paths"),
+    [(3, workload.market_of, workload.numpy_paths), (1, workload.garch_market_of, workload.numpy_garch_paths)],
+    ids=["regimes", "garch"],
+)
+def test_the_numpy_program_and_the_kernel_simulate_one_model(n_assets, market_of, numpy_paths):
     # Difference of two independent means and probabilities within five standard errors: false alarm 3e-6.
-    model = workload.parameters(3)
+    model = workload.parameters(n_assets)
     assets = workload.names(model)
     n, steps = 8192, 40
     outcome = simulate_paths(
-        workload.market_of(model, assets), workload.book_of(model, assets), n,
+        market_of(model, assets), workload.book_of(model, assets), n,
         Plan(steps, monitoring="step", attribution=False, dates=(steps,)), seed=3,
     )  # fmt: skip
-    profit, liquidated, drawdown = workload.numpy_paths(model, n, steps, seed=3)
+    profit, liquidated, drawdown = numpy_paths(model, n, steps, seed=3)
+    assert outcome.equity is not None and outcome.is_liquidated is not None
     ours = np.asarray(outcome.equity[-1], np.float64) - 1.0, np.asarray(outcome.max_drawdown, np.float64)
     for a, b in zip((*ours, np.asarray(outcome.is_liquidated[0], float)), (profit, drawdown, liquidated), strict=True):
         a, b = np.minimum(a, 3.0), np.minimum(b.astype(np.float64), 3.0)
