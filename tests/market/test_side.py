@@ -13,8 +13,9 @@ import pytest
 from jax import lax
 from scipy import special, stats
 
-from qpo_sim import random
+from qpo_sim import random, simulate
 from qpo_sim.errors import InputError
+from qpo_sim.market import line, model, presets
 from qpo_sim.market.side import basis, borrow_rate, depth, funding, gas, implied_volatility, oracle, peg, process
 from qpo_sim.market.side.view import View
 from qpo_sim.numerics import materialised
@@ -948,3 +949,33 @@ REFUSED = [
 def test_refusals(build, message):
     with pytest.raises(InputError, match=message):
         build()
+
+
+# ----------------------------------------------------------------------------- before the first step
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.split(".")[-1])
+def test_first_outputs_are_where_the_process_starts(module):
+    """What a process says before the first step has the form of its outputs, and a short step hardly moves it."""
+    component = module.example(2, F64)
+    if module is implied_volatility:
+        # The level also follows the volatility of the step, which nobody knows before it.
+        component = dataclasses.replace(component, variance_power=0.0 * component.variance_power)
+    market = presets.gbm(("A", "B"), [0.5, 0.8], [[1.0, 0.5], [0.5, 1.0]], step_hours=0.01, dtype=F64)
+    market = dataclasses.replace(market, side=(component,))
+    prepared = model.prepare(market)
+    path = jnp.arange(64, dtype=jnp.uint32)
+    context = simulate.context_of(
+        market, prepared, None, random.stream_keys(3), path, simulate.Plan(1, step_hours=0.01)
+    )
+    first = line.first_outputs(context, jnp.ones(64))
+    after = simulate.record_market(
+        market, prepared, random.stream_keys(3), path, simulate.Plan(1, step_hours=0.01)
+    ).side
+    assert hasattr(component, "first") and set(first) == set(after)
+    for output, rows in first.items():
+        start = jnp.stack(list(rows)) if isinstance(rows, tuple) else rows
+        assert start.shape == after[output][0].shape, output
+        # Half of the paths: rare events and what accrues in the step may move the others.
+        gap = np.median(np.abs(np.asarray(start - after[output][0])), axis=-1)
+        assert np.all(gap < 0.01 * (1.0 + np.median(np.abs(np.asarray(start)), axis=-1))), output

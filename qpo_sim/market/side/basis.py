@@ -101,6 +101,12 @@ class Basis:
         rows = process.constant_rows(prepared.parameters.initial, one)
         return State(rows, rows)
 
+    def first(self, prepared: "Prepared", one: Array) -> dict[str, Rows]:
+        """Ratios before the first step."""
+        rows = process.constant_rows(prepared.parameters.initial, one)
+        ratio = each_asset(_ratio, rows, prepared.parameters.band)
+        return {"mark_ratio": ratio, "last_ratio": ratio}
+
     def step(
         self, prepared: "Prepared", t: Array, state: "State", view: View, address: Address
     ) -> tuple["State", dict[str, Rows]]:
@@ -163,13 +169,14 @@ class Basis:
         )
         basis, average = rows_like(state.basis, list(basis)), rows_like(state.basis, list(average))
 
-        def ratio(x, band):
-            return 1.0 + band * jnp.tanh(x / band)
-
         return State(basis, average), {
-            "mark_ratio": each_asset(ratio, average, p.band),
-            "last_ratio": each_asset(ratio, basis, p.band),
+            "mark_ratio": each_asset(_ratio, average, p.band),
+            "last_ratio": each_asset(_ratio, basis, p.band),
         }
+
+
+def _ratio(x: Array, band: Array) -> Array:
+    return 1.0 + band * jnp.tanh(x / band)
 
 
 class State(NamedTuple):

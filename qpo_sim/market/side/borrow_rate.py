@@ -95,6 +95,17 @@ class BorrowRate:
         """Logit utilisation before the first step."""
         return process.constant_rows(prepared.parameters.initial, one)
 
+    def first(self, prepared: "Prepared", one: Array) -> dict[str, Rows]:
+        """Utilisation and rates before the first step."""
+        return self._outputs(prepared, process.constant_rows(prepared.parameters.initial, one))
+
+    def _outputs(self, prepared: "Prepared", logit: Rows) -> dict[str, Rows]:
+        p = prepared.parameters
+        utilisation = each_asset(jax.nn.sigmoid, logit)
+        rate = each_asset(kinked_rate, utilisation, p.base, p.slope1, p.slope2, p.optimal)
+        supply = each_asset(supplied_rate, rate, utilisation, p.reserve_factor)
+        return {"utilisation": utilisation, "borrow_rate": rate, "supply_rate": supply}
+
     def step(
         self, prepared: "Prepared", t: Array, state: Rows, view: View, address: Address
     ) -> tuple[Rows, dict[str, Rows]]:
@@ -110,10 +121,7 @@ class BorrowRate:
             process.container(process.normals(address, len(self.drivers), p.level.dtype)),
             prepared.transition,
         )
-        utilisation = each_asset(jax.nn.sigmoid, logit)
-        rate = each_asset(kinked_rate, utilisation, p.base, p.slope1, p.slope2, p.optimal)
-        supply = each_asset(supplied_rate, rate, utilisation, p.reserve_factor)
-        return logit, {"utilisation": utilisation, "borrow_rate": rate, "supply_rate": supply}
+        return logit, self._outputs(prepared, logit)
 
 
 class Prepared(NamedTuple):

@@ -71,6 +71,10 @@ class Depth:
         """Log depth before the first step."""
         return process.constant_rows(prepared.parameters.initial, one)
 
+    def first(self, prepared: "Prepared", one: Array) -> dict[str, Rows]:
+        """Depth before the first step."""
+        return {"depth": each_asset(jnp.exp, process.constant_rows(prepared.parameters.initial, one))}
+
     def step(
         self, prepared: "Prepared", t: Array, state: Rows, view: View, address: Address
     ) -> tuple[Rows, dict[str, Rows]]:

@@ -144,6 +144,18 @@ class Funding:
         since = () if prepared.steps_per_settlement == 1 else jnp.zeros_like(one)
         return State(process.constant_rows(prepared.parameters.initial, one), since)
 
+    def first(self, prepared: "Prepared", one: Array) -> dict[str, Rows]:
+        """Premiums and rates before the first step, nothing accrued."""
+        p = prepared.parameters
+        premium = process.constant_rows(p.initial, one)
+        rate = each_asset(self._rate, premium, p.interest, p.clamp, p.cap)
+        return {"premium": premium, "funding_rate": rate, "funding_accrued": each_asset(jnp.zeros_like, premium)}
+
+    def _rate(self, x: Array, interest: Array, clamp: Array, cap: Array) -> Array:
+        if self.smoothed_width > 0.0:
+            return smoothed_funding_rate(x, interest, clamp, cap, self.smoothed_width)
+        return funding_rate(x, interest, clamp, cap)
+
     def step(
         self, prepared: "Prepared", t: Array, state: "State", view: View, address: Address
     ) -> tuple["State", dict[str, Rows]]:
@@ -172,11 +184,7 @@ class Funding:
             rate = paid
             for k in range(n):
                 x = m + decay * (x - m) + beta * gain * r / n + across * e[k] + shift
-                rate = (
-                    smoothed_funding_rate(x, interest, clamp, cap, self.smoothed_width)
-                    if self.smoothed_width > 0.0
-                    else funding_rate(x, interest, clamp, cap)
-                )
+                rate = self._rate(x, interest, clamp, cap)
                 paid = paid + rate * share
             return x, rate, paid * settles
 

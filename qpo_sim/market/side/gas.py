@@ -101,6 +101,10 @@ class Gas:
         """State before the first step: no spike."""
         return State(prepared.parameters.initial[0] * one, jnp.zeros_like(one))
 
+    def first(self, prepared: "Prepared", one: Array) -> dict[str, Array]:
+        """Gas price before the first step."""
+        return {"gas": jnp.exp(prepared.parameters.initial[0]) * one}
+
     def step(
         self, prepared: "Prepared", t: Array, state: "State", view: View, address: Address
     ) -> tuple["State", dict[str, Array]]:

@@ -227,6 +227,30 @@ class Surface:
         p = prepared.parameters
         return State(*(process.constant_rows(x, one) for x in (p.initial_level, p.skew[0], p.convexity[0])))
 
+    def first(self, prepared: "Prepared", one: Array) -> dict[str, Rows]:
+        """The surface before the first step: the given level, as at the reference volatility, the shape of regime 0."""
+        p = prepared.parameters
+        level, skew, convexity, long, speed, stickiness = (
+            process.constant_rows(x, one)
+            for x in (
+                p.initial_level,
+                p.skew[0],
+                p.convexity[0],
+                p.long_volatility,
+                p.reversion_per_year,
+                p.stickiness[0],
+            )
+        )
+        rho = each_asset(_rho, skew)
+        return {
+            "iv_level": each_asset(lambda x: jnp.exp(0.5 * x), level),
+            "iv_long": long,
+            "iv_reversion": speed,
+            "iv_rho": rho,
+            "iv_eta": each_asset(_eta, convexity, rho),
+            "iv_stickiness": stickiness,
+        }
+
     def step(
         self, prepared: "Prepared", t: Array, state: "State", view: View, address: Address
     ) -> tuple["State", dict[str, Rows]]:

@@ -105,6 +105,10 @@ class Oracle:
         n_past = prepared.whole_steps + (1 if prepared.fraction > 0.0 else 0)
         return State(zeros, zeros, jnp.zeros_like(one), (zeros,) * n_past)
 
+    def first(self, prepared: "Prepared", one: Array) -> dict[str, Rows]:
+        """Reports before the first step: the price."""
+        return {"oracle_log_price": process.constant_rows(jnp.zeros_like(prepared.parameters.threshold), one)}
+
     def step(
         self, prepared: "Prepared", t: Array, state: "State", view: View, address: Address
     ) -> tuple["State", dict[str, Rows]]:

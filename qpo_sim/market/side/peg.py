@@ -129,6 +129,10 @@ class Peg:
         zeros = process.constant_rows(jnp.zeros_like(prepared.parameters.half_life_hours), one)
         return State(zeros, zeros, zeros, jnp.zeros_like(one))
 
+    def first(self, prepared: "Prepared", one: Array) -> dict[str, Rows]:
+        """Prices before the first step: par."""
+        return {"peg": process.constant_rows(jnp.ones_like(prepared.parameters.half_life_hours), one)}
+
     def step(
         self, prepared: "Prepared", t: Array, state: "State", view: View, address: Address
     ) -> tuple["State", dict[str, Rows]]:
