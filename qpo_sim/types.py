@@ -1,5 +1,7 @@
 """Names that every other module shares: array aliases and the Monte Carlo estimate."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
@@ -60,3 +62,59 @@ class Stage(NamedTuple):
     name: str
     init: Any
     step: Any
+
+
+@dataclass(frozen=True)
+class Held:
+    """A position as a margin rule sees it at one moment of all paths; money in the account's units.
+
+    Attributes:
+      asset: number of the underlying.
+      kind: class of the contract, e.g. "LinearPerpetual" or "Option".
+      quantity: units, negative for a short.
+      price: price of the underlying that the venue looks at.
+      mark: value of one unit.
+      notional: value of the position that one unit stands for.
+      revalue: function (price factor, volatility or None) -> mark after such a move of the underlying.
+      option: `OptionTerms` of an option, else None.
+    """
+
+    asset: int
+    kind: str
+    quantity: Array
+    price: Array
+    mark: Array
+    notional: Array
+    revalue: Callable[[Array, Any], Array]
+    option: "OptionTerms | None" = None
+
+
+@dataclass(frozen=True)
+class OptionTerms:
+    """What a margin rule needs to know of an option.
+
+    Attributes:
+      forward: of its expiry.
+      strike: in the units of the forward.
+      years: time left.
+      volatility: implied, per square root of a year.
+      is_call: else a put.
+      is_coin_settled: else settled in USD.
+    """
+
+    forward: Array
+    strike: Array
+    years: Array
+    volatility: Array
+    is_call: bool
+    is_coin_settled: bool
+
+
+class Requirements(NamedTuple):
+    """Maintenance margin: a part per position, and a constant for the account (tier deductions enter it negative).
+
+    The account is liquidated when its margin equity is below their sum.
+    """
+
+    by_position: tuple[Array, ...]
+    constant: Array

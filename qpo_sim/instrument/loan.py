@@ -5,7 +5,7 @@ the repayment plus a bonus, pro rata over the collaterals; the loan lives on wit
 again.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Float
@@ -61,7 +61,10 @@ class Check(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Drawn branch: shares of collateral and debt left, whether liquidated, P&L by component, last prices, equity."""
+    """Drawn branch: shares of collateral and debt left, whether liquidated, P&L by component, last prices, equity.
+
+    `bad_debt` is what the lenders have lost, kept under attribution.
+    """
 
     collateral_left: Array
     debt_left: Array
@@ -71,14 +74,19 @@ class Drawn(NamedTuple):
     interest: Array
     liquidation: Array
     equity: Array
+    bad_debt: Any = ()
 
 
 class Left(NamedTuple):
-    """What a liquidation leaves: shares of collateral and debt, its cost, and the prices at which it happens."""
+    """What a liquidation leaves: shares of collateral and debt, its cost, bad debt, and the prices where it happens.
+
+    `cost` is debt removed less collateral seized: negative by the bonus, and positive by the bad debt.
+    """
 
     collateral_left: Array
     debt_left: Array
     cost: Array
+    bad_debt: Any
     prices: tuple[Array, ...]
 
 
@@ -162,7 +170,7 @@ def _liquidated(
         debt = debt_left * debt_growth * debt_value(account, shape, prices)
         values = [account.collateral[i] * prices[i] for i in range(len(shape.collateral_assets))]
         bonus = sum(account.bonus[i] * value for i, value in enumerate(values)) / jnp.maximum(sum(values), 1e-12)
-        result = health_factor.liquidate(
+        result = health_factor.liquidate_pro_rata(
             collateral,
             debt,
             health,
@@ -176,6 +184,7 @@ def _liquidated(
             collateral_left * (1.0 - result.seized / jnp.maximum(collateral, 1e-12)),
             debt_left * (1.0 - removed / jnp.maximum(debt, 1e-12)),
             removed - result.seized,
+            result.bad_debt if options.attribution else (),
             prices,
         )
 
@@ -195,7 +204,8 @@ def drawn_init(account: Loan, shape: LoanShape, one: Array, options: Options) ->
     """Drawn branch before the first step."""
     prices, zero = (one,) * len(assets(shape)), 0.0 * one
     equity = collateral_value(account, shape, prices) - debt_value(account, shape, prices)
-    return Drawn(one, one, zero, (zero,) * len(prices), prices, zero, zero, equity)
+    bad_debt = zero if options.attribution else ()
+    return Drawn(one, one, zero, (zero,) * len(prices), prices, zero, zero, equity, bad_debt)
 
 
 def drawn_step(
@@ -247,6 +257,7 @@ def drawn_step(
         interest=state.interest - state.debt_left * accrued,
         liquidation=state.liquidation + hits * rest.cost,
         equity=equity - debt_left * growth_after * debt_value(account, shape, check.prices),
+        bad_debt=state.bad_debt + hits * rest.bad_debt if options.attribution else (),
     )
 
 

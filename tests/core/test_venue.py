@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qpo_sim import venue
 from qpo_sim.errors import InputError
 from qpo_sim.venue import HealthFactor, TieredMargin
-from qpo_sim.venue.health_factor import health_factor, liquidate
+from qpo_sim.venue.health_factor import health_factor, liquidate_pro_rata
 from qpo_sim.venue.tiered_margin import (
     TierSchedule,
     active_tier,
@@ -188,7 +188,7 @@ def test_liquidation_with_exhausted_collateral(cases, xp):
     assert hf == pytest.approx(expected["health_factor"])
     values = (xp.asarray(float(v)) for v in (collateral, debt, hf))
     rule = dict(close_factor=0.5, full_close_health=0.95, small_position=2000.0)
-    result = liquidate(*values, bonus=p["bonus"] - 1.0, **rule)
+    result = liquidate_pro_rata(*values, bonus=p["bonus"] - 1.0, **rule)
     assert float(result.repaid) == pytest.approx(expected["debt_repaid"], rel=1e-9)
     assert float(result.bad_debt) == pytest.approx(expected["bad_debt"], rel=1e-9)
     assert float(result.seized) == pytest.approx(collateral, rel=1e-12)
@@ -201,7 +201,7 @@ def test_liquidation_with_exhausted_collateral(cases, xp):
      (2_500.0, 1_900.0, 0.99, 1.0), (1_999.0, 1_500.0, 0.99, 1.0), (2_600.0, 2_000.0, 0.99, 0.5)],
 )  # fmt: skip
 def test_close_factor_rule(collateral, debt, health, share):
-    result = liquidate(
+    result = liquidate_pro_rata(
         *map(np.float64, (collateral, debt, health)),
         bonus=0.05,
         close_factor=0.5,
@@ -217,7 +217,7 @@ def test_close_factor_rule(collateral, debt, health, share):
 @given(st.floats(100.0, 1e6), st.floats(0.3, 1.5), st.floats(0.5, 1.0), st.floats(0.0, 0.15))
 def test_liquidation_never_takes_more_than_there_is(collateral, leverage, health, bonus):
     debt = leverage * collateral
-    r = liquidate(
+    r = liquidate_pro_rata(
         *map(np.float64, (collateral, debt, health)),
         bonus=bonus,
         close_factor=0.5,
@@ -239,6 +239,8 @@ def test_liquidation_never_takes_more_than_there_is(collateral, leverage, health
         (dict(liquidation_bonus={"default": -0.1}), "liquidation_bonus"),
         (dict(close_factor=0.0), "close_factor"),
         (dict(ltv={"default": float("nan")}), "ltv"),
+        (dict(ltv={"ETH": 0.9, "default": 0.7}), r"ltv.ETH is 0.9.*\(0.8\)"),
+        (dict(liquidation_threshold={"ETH": 0.6, "default": 0.8}), r"ltv.ETH is 0.7.*\(0.6\)"),
     ],
 )
 def test_broken_lending_venues_are_refused(change, words):
@@ -254,7 +256,7 @@ def test_broken_lending_venues_are_refused(change, words):
     ("config", "words"),
     [
         (dict(kind="tierd_margin", tiers={}), "kind is 'tierd_margin'"),
-        (dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, fee=1), "unknown key 'fee'"),
+        (dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, fee=1), "mine.fee is not an option"),
         (dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, liquidation_fee_rate=1.5), "liquidation_fee_rate"),
         (
             dict(
@@ -262,7 +264,7 @@ def test_broken_lending_venues_are_refused(change, words):
                 tiers={"default": [[0, 0.01]]},
                 funding={"rate_per_8h": 0.0001, "interval_hours": 0},
             ),
-            "funding_interval_hours",
+            "interval_hours=0 must be above 0",
         ),
         (
             dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, funding={"interval_hours": 8}),
@@ -272,7 +274,23 @@ def test_broken_lending_venues_are_refused(change, words):
 )
 def test_bad_venue_configurations_are_refused(config, words):
     with pytest.raises(InputError, match=words):
-        venue.from_config(config, name="mine")
+        venue.from_config(dict(source="a table", as_of="2026-01-31") | config, name="mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(source=""), "source is missing"),
+        (dict(as_of=None), "as_of is missing"),
+        (dict(as_of="soon"), "as_of is 'soon'"),
+        (dict(as_of="2026-02"), "a table from the future"),
+    ],
+)
+def test_a_venue_says_where_its_numbers_come_from_and_when_they_held(change, words):
+    config = dict(kind="tiered_margin", tiers={"default": [[0, 0.01]]}, source="a table", as_of="2026-01-31")
+    assert venue.from_config(config, today="2026-01-31").as_of == "2026-01-31"
+    with pytest.raises(InputError, match=words):
+        venue.from_config(config | change, name="mine", today="2026-01-31")
 
 
 def test_every_shipped_venue_loads_and_every_rule_is_found():
