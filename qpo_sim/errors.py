@@ -1,7 +1,9 @@
 """The one exception that bad user input raises, and the hints and checks that several borders share."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 
 class InputError(ValueError):
@@ -40,3 +42,26 @@ def nearest(word: str, options: Iterable[str]) -> str | None:
     by_folded = {name.casefold(): name for name in reversed(list(options))}
     near = get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.6)
     return by_folded[near[0]] if near else None
+
+
+def call(builder: Callable[..., Any], options: Mapping[str, Any], place: str, known: Mapping[str, Any]) -> Any:
+    """`builder` with options from a description and those of `known` that it takes; messages name the place.
+
+    Raises:
+      InputError: an unknown option, a missing one, or what the builder refuses.
+    """
+    parameters = inspect.signature(builder).parameters
+    offered = [name for name in parameters if name not in known]
+    for name in options:
+        if name not in offered:
+            raise InputError(f"{place} has no option {name!r}: {did_you_mean(str(name), offered)}")
+    for name in offered:
+        if parameters[name].default is inspect.Parameter.empty and name not in options:
+            raise InputError(f"{place}.{name} is missing.")
+    taken = {name: value for name, value in known.items() if name in parameters}
+    try:
+        return builder(**options, **taken)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+    except TypeError as error:
+        raise InputError(f"{place}: {error}.") from None

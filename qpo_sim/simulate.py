@@ -96,13 +96,16 @@ def default_dates(n_steps: int, wanted: Sequence[int] = ()) -> tuple[int, ...]:
 class Record(NamedTuple):
     """The accounts at the plan's dates.
 
-    Equity and liquidations are the drawn branch's; the log distance to liquidation is that of the account as if it were
-    never liquidated.
+    Equity, liquidations and exposure (see `ledger.exposures`) are the drawn branch's; the log distance to liquidation
+    of an account with fixed positions is that of the account as if it were never liquidated. `hit_by_regime` is the
+    part of the final hit probability that arose in steps of each regime.
     """
 
     account_equity: Float[Array, "dates accounts paths"]
     is_liquidated: Float[Array, "dates accounts paths"]
     distance: Float[Array, "dates accounts paths"]
+    exposure: Float[Array, "dates accounts paths"]
+    hit_by_regime: Float[Array, "regimes accounts paths"]
 
 
 class Outcome(NamedTuple):
@@ -119,6 +122,7 @@ class Outcome(NamedTuple):
       accounts: P&L by account (price, funding, interest, fees, liquidation), None without attribution.
       components: P&L by `Book.components`, None without attribution.
       is_finite: False where any number of the path is not finite.
+      liquidations: rows by the names of `ledger.Liquidations`, None without attribution or accounts.
       record: accounts at every date, None unless asked for.
 
     Without the drawn branch only `conditional` and `is_finite` are there.
@@ -137,6 +141,7 @@ class Outcome(NamedTuple):
     components: Float[Array, "components paths"] | None
     is_finite: Bool[Array, " paths"]
     record: Record | None
+    liquidations: dict[str, Float[Array, "rows paths"]] | None = None
 
 
 class ObserverState(NamedTuple):
@@ -147,6 +152,9 @@ class ObserverState(NamedTuple):
     equity: Array
     hit_probability: Array
     record: Record | None
+    # Of the step before and its sums by regime, where paths are recorded.
+    hits: tuple[Array, ...] = ()
+    by_regime: tuple[tuple[Array, ...], ...] = ()
 
 
 def _observer(book: Book, plan: Plan) -> Stage:
@@ -157,10 +165,13 @@ def _observer(book: Book, plan: Plan) -> Stage:
 
     def init(context: Context):
         one = jnp.ones(context.path.shape, context.market.drift.dtype)
-        record = None
+        record, hits, by_regime = None, (), ()
         if plan.record_paths:
-            record = Record(*(buffer((n_dates, n_accounts), one) for _ in range(3)))
-        return ObserverState(one, 0.0 * one, buffer((n_dates,), one), buffer((n_dates, n_accounts), one), record)
+            record = Record(*(buffer((n_dates, n_accounts), one) for _ in range(4)), hit_by_regime=())
+            hits = (0.0 * one,) * n_accounts
+            by_regime = (hits,) * context.market.drift.shape[0]
+        equity, hit = buffer((n_dates,), one), buffer((n_dates, n_accounts), one)
+        return ObserverState(one, 0.0 * one, equity, hit, record, hits, by_regime)
 
     def step(context: Context, t, state: ObserverState, upstream: Upstream):
         books, equity = upstream.state, upstream.output
@@ -170,20 +181,31 @@ def _observer(book: Book, plan: Plan) -> Stage:
         hit_probability = state.hit_probability
         if hits:
             hit_probability = put(hit_probability, slot, hits)
-        record = state.record
+        record, by_regime = state.record, state.by_regime
         if record is not None and n_accounts:
             rows = (
                 [drawn.equity for drawn in books.drawn],
                 [drawn.liquidated for drawn in books.drawn],
                 [survival.distance for survival in books.survival],
+                list(books.exposure),
             )
-            record = Record(*(put(kept, slot, new) for kept, new in zip(record, rows, strict=True)))
+            record = Record(
+                *(put(kept, slot, new) for kept, new in zip(record[:4], rows, strict=True)), hit_by_regime=()
+            )
+            newly = [now - before for now, before in zip(hits, state.hits, strict=True)]
+            masks = (1.0 - sum(books.masks), *books.masks)
+            by_regime = tuple(
+                tuple(total + mask * more for total, more in zip(totals, newly, strict=True))
+                for mask, totals in zip(masks, by_regime, strict=True)
+            )
         return ObserverState(
             peak,
             jnp.maximum(state.drawdown, 1.0 - equity / peak),
             put(state.equity, slot, equity),
             hit_probability,
             record,
+            tuple(hits) if record is not None else (),
+            by_regime,
         ), ()
 
     return Stage("observe", init, step)
@@ -380,6 +402,10 @@ def outcome_of(closing: ledger.Closing, seen: ObserverState | None) -> Outcome:
     # An equity that is not finite stays in the drawdown, a probability that is not in the later ones.
     last = [seen.drawdown, *seen.hit_probability[-1], *(components if components is not None else ())]
     is_finite = jnp.isfinite(sum(last))
+    record = seen.record
+    if record is not None:
+        record = record._replace(hit_by_regime=jnp.stack([stack(rows) for rows in seen.by_regime]))
+    liquidations = closing.liquidations
     return Outcome(
         equity=seen.equity,
         max_drawdown=seen.drawdown,
@@ -390,7 +416,8 @@ def outcome_of(closing: ledger.Closing, seen: ObserverState | None) -> Outcome:
         accounts=closing.accounts,
         components=components,
         is_finite=is_finite,
-        record=seen.record,
+        record=record,
+        liquidations=None if liquidations is None else {k: stack(v) for k, v in liquidations._asdict().items()},
     )
 
 
@@ -444,13 +471,52 @@ def simulate_paths(market: Market, book: Book, path: Any, plan: Plan, *, seed: i
     return jax.tree.map(lambda x: x[..., :n], outcome)
 
 
+@partial(jax.jit, static_argnames="plan")
+def _simulate_prepared(
+    market: Market, prepared: Prepared, book: Book, keys: Any, path: Array, plan: Plan, record: MarketRecord | None
+) -> Outcome:
+    return simulate_prepared(market, prepared, book, keys, path, plan, record)
+
+
+def simulate_again(
+    market: Market, book: Book, path: Any, plan: Plan, *, seed: int = 0, record: MarketRecord | None = None
+) -> Outcome:
+    """The same as `simulate_paths`, by a program that the compilation cache on disk keeps; not traceable.
+
+    Args:
+      market: see `market`.
+      book: see `book`; its assets must be the market's.
+      path: path numbers, or an int n for the paths 0..n-1.
+      plan: steps, monitoring and what is kept.
+      seed: 64-bit seed.
+      record: market paths that are given, e.g. history (steps first, paths last); `path` only numbers them then.
+
+    Raises:
+      InputError: market, book, paths and plan do not fit together.
+    """
+    sub_steps = check_fit(market, book, plan)
+    path, n = padded(path)
+    if record is not None:
+        n_steps, n_assets, n_given = record.log_price.shape
+        if (n_steps, n_assets, n_given) != (plan.n_steps, market.n_assets, n):
+            raise InputError(
+                f"the given paths have {n_steps} steps of {n_assets} assets on {n_given} paths; the plan has "
+                f"{plan.n_steps} steps, the market {market.n_assets} assets, and {n} paths are asked for."
+            )
+        record = jax.tree.map(lambda x: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % 256)], mode="edge"), record)
+    prepared = market_model.prepare_once(market, sub_steps=sub_steps)
+    outcome = _simulate_prepared(market, prepared, book, random.stream_keys(seed), path, plan, record)
+    return jax.tree.map(lambda x: x[..., :n], outcome)
+
+
 def padded(path: Any) -> tuple[Array, int]:
     """Path numbers, the last one repeated up to a multiple of 256, and how many of them were asked for."""
     # Whole vectors of lanes: the remainder of a loop is compiled to other instructions, whose exp differs in the last
     # bit, and path 17 is to be the same alone and in company.
-    path = jnp.arange(path, dtype=jnp.uint32) if isinstance(path, int) else jnp.asarray(path, jnp.uint32)
+    # In NumPy: JAX would compile a program for each shape.
+    path = np.arange(path, dtype=np.uint32) if isinstance(path, int) else np.asarray(path, np.uint32)
     n = path.shape[0]
-    return jnp.pad(path, (0, -n % 256), mode="edge"), n
+    return jax.device_put(np.pad(path, (0, -n % 256), mode="edge")), n
 
 
 @partial(jax.jit, static_argnames="plan")

@@ -6,9 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from qpo_sim import account as account_kinds
+from qpo_sim import policy as policy_kinds
 from qpo_sim import venue as venues
+from qpo_sim.account.lending import LendingAccount
+from qpo_sim.book.desk import TradingCosts
 from qpo_sim.book.ledger import Book
 from qpo_sim.errors import InputError, did_you_mean
+from qpo_sim.instrument.contract import Option
 from qpo_sim.instrument.loan import Loan, LoanShape
 from qpo_sim.instrument.perpetual import Perpetual, PerpetualShape
 from qpo_sim.numerics import rounded
@@ -31,11 +36,14 @@ def build_book(
     spot: Mapping[str, float] | None = None,
     perpetuals: Sequence[Mapping[str, Any]] = (),
     loans: Sequence[Mapping[str, Any]] = (),
+    accounts: Sequence[Mapping[str, Any]] = (),
+    policies: Sequence[Mapping[str, Any]] = (),
+    trading_costs: Mapping[str, float] | None = None,
     prices: Mapping[str, float] | None = None,
     venue: Any = venues.load,
     dtype: Any = jnp.float32,
 ) -> Book:
-    """Book of spot holdings, perpetual accounts and loans; what is not spent is cash.
+    """Book of spot holdings, perpetual accounts, loans and other accounts; what is not spent is cash.
 
     Args:
       assets: the market's assets, in its order.
@@ -46,7 +54,12 @@ def build_book(
         position is entered at the starting price.
       loans: `{name, venue, collateral: {asset: value}, debt: {USD or asset: value}}` as fractions of the capital. The
         borrowed money has left the book into whatever else the book holds: a loan ties up collateral minus debt.
-      prices: starting prices in USD, only needed for entry prices.
+      accounts: `{kind, name, ...}` by the builders of `account`: margin accounts of any contracts, pool shares, loans
+        under any lending rule and so on.
+      policies: `{kind, ...}` by the builders of `policy`, in the order in which they act after each step. With
+        policies the perpetual accounts and loans become accounts that can trade.
+      trading_costs: of a policy's outright trades: `fee` and `slippage` on the value, `gas_usd` per holding traded.
+      prices: starting prices in USD, needed for entry prices, strikes in USD and numbers of contracts.
       venue: function from a venue's name to its rule, or a rule itself may stand in the account.
       dtype: precision of the paths.
 
@@ -63,12 +76,15 @@ def build_book(
         if value < 0.0:
             raise InputError(f"book.spot.{asset} is {value}, it must not be negative; use a perpetual to be short.")
     names: set[str] = set()
-    accounts, shapes = [], []
+    perpetual_params, shapes = [], []
     spent = sum(holdings.values())
+    others: list[Mapping[str, Any]] = []
+    if policies:
+        others, perpetuals, loans = [*map(_as_margin, perpetuals), *map(_as_lending, loans)], (), ()
     for k, account in enumerate(perpetuals):
         place = _place("perpetuals", k, account, names)
         params, shape, value = _perpetual(account, assets, capital, prices or {}, venue, place, dtype)
-        accounts.append(params)
+        perpetual_params.append(params)
         shapes.append(shape)
         spent += value
     loan_params, loan_shapes = [], []
@@ -78,6 +94,12 @@ def build_book(
         loan_params.append(params)
         loan_shapes.append(shape)
         spent += value
+    known = {"assets": assets, "capital": capital, "prices": prices or {}, "venue_of": venue, "dtype": dtype}
+    built = []
+    for k, description in enumerate([*others, *accounts]):
+        place = _place("accounts", k, description, names)
+        built.append(account_kinds.build(description, place, **known))
+        spent += built[-1].start_value()
     cash = 1.0 - spent
     if cash < -1e-9:
         raise InputError(
@@ -89,12 +111,62 @@ def build_book(
         capital=rounded(capital, dtype),
         cash=rounded(max(cash, 0.0), dtype),
         spot=rounded([holdings[a] for a in held], dtype),
-        perpetuals=tuple(accounts),
+        perpetuals=tuple(perpetual_params),
         loans=tuple(loan_params),
         assets=assets,
+        holdings=tuple(built),
+        policies=_policies(policies, built, held, assets, capital, dtype),
+        trading_costs=_trading_costs(trading_costs or {}, capital, dtype) if policies else None,
         spot_assets=tuple(assets.index(a) for a in held),
         perpetual_shapes=tuple(shapes),
         loan_shapes=tuple(loan_shapes),
+    )
+
+
+def _as_margin(account: Mapping[str, Any]) -> dict[str, Any]:
+    # The same account as one that can trade.
+    entry = account.get("entry") or {}
+    return {
+        "kind": "margin",
+        "name": account.get("name"),
+        "venue": account.get("venue", "binance"),
+        "balance": {"USD": account.get("margin")},
+        "positions": [
+            {"asset": asset, "notional": notional, **({"entry": entry[asset]} if asset in entry else {})}
+            for asset, notional in (account.get("positions") or {}).items()
+        ],
+    }
+
+
+def _as_lending(loan: Mapping[str, Any]) -> dict[str, Any]:
+    return {"kind": "lending", "venue": "aave_v3", **loan}
+
+
+def _policies(policies, accounts, spot, assets, capital, dtype) -> tuple[Any, ...]:
+    contracts = [getattr(account, "contracts", ()) for account in accounts]
+    known = {
+        "accounts": [account.name for account in accounts],
+        "loans": [account.name for account in accounts if isinstance(account, LendingAccount)],
+        "assets": assets,
+        "spot": spot,
+        "account_assets": [account.assets for account in accounts],
+        "account_options": [[c.asset if isinstance(c, Option) else -1 for c in row] for row in contracts],
+        "n_positions": [len(row) for row in contracts],
+        "capital": capital,
+        "dtype": dtype,
+    }
+    return tuple(policy_kinds.build(p, f"book.policies[{k}]", known) for k, p in enumerate(policies))
+
+
+def _trading_costs(costs: Mapping[str, float], capital: float, dtype: Any) -> TradingCosts:
+    place = "book.trading_costs"
+    _known(costs, ("fee", "slippage", "gas_usd"), place)
+    values = {key: _number(costs.get(key, 0.0), f"{place}.{key}") for key in ("fee", "slippage", "gas_usd")}
+    for key, value in values.items():
+        if value < 0.0:
+            raise InputError(f"{place}.{key} is {value}; it must not be negative.")
+    return TradingCosts(
+        rounded(values["fee"], dtype), rounded(values["slippage"], dtype), rounded(values["gas_usd"] / capital, dtype)
     )
 
 
@@ -122,7 +194,10 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
             raise InputError(f"{place}.entry names {asset}, which is not among its positions {', '.join(positions)}.")
         if asset not in prices:
             raise InputError(f"{place}.entry.{asset} needs the starting price of {asset}, which is not known here.")
-        entry[list(positions).index(asset)] = _number(price, f"{place}.entry.{asset}") / float(prices[asset])
+        paid = _number(price, f"{place}.entry.{asset}")
+        if not paid > 0.0:
+            raise InputError(f"{place}.entry.{asset} is {paid}, it must be a positive price in USD.")
+        entry[list(positions).index(asset)] = paid / float(prices[asset])
     schedules = [rule.schedule(a) for a in positions]
     for asset, size in positions.items():
         limit = rule.max_leverage(asset, size * capital)
@@ -139,6 +214,13 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
         raise InputError(
             f"{place} would be liquidated at once: its equity {equity:.6g} is not above its maintenance "
             f"margin {required:.6g}."
+        )
+    limits = [rule.max_leverage(asset, size * capital) for asset, size in positions.items()]
+    initial = sum(abs(q) / limit for q, limit in zip(quantity, limits, strict=True) if limit is not None)
+    if equity < initial * (1.0 - 1e-9):
+        raise InputError(
+            f"{place} has an equity of {equity:.6g}; {rule.name} asks for an initial margin of {initial:.6g}, so raise "
+            f"the margin or cut the positions."
         )
     reach = [int(np.sum(s.floor <= _TIER_REACH * abs(q) * capital)) for s, q in zip(schedules, quantity, strict=True)]
     n_tiers = max(1, *reach)

@@ -80,12 +80,14 @@ class _Kernel:
         return _Window(number, None if self._output_refs is None else self._output_refs.get(number), self._columns)
 
 
-def refusal(market: Market, plan: Plan) -> str | None:
+def refusal(market: Market, plan: Plan, book: Book) -> str | None:
     """Why there is no kernel for this model, as far as it can be said without lowering it; None when nothing is."""
     if market.drift.dtype != jnp.float32:
         return f"the model is in {market.drift.dtype} and the kernel in float32"
     if market.is_composed or market.regime_of is not None:
         return "it knows regimes with constant volatility and Student-t or Gaussian shocks, this market has more"
+    if book.is_path_dependent:
+        return "positions of this book change along a path"
     if market.n_assets > numerics.MAX_UNROLLED_ASSETS:
         return f"{market.n_assets} assets need matrix products, the kernel takes {numerics.MAX_UNROLLED_ASSETS} assets"
     if not plan.drawn or plan.record_paths:
@@ -124,7 +126,7 @@ def fused_paths(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    reason = refusal(market, plan)
+    reason = refusal(market, plan, book)
     if reason is not None:
         raise InputError(f"there is no fused kernel: {reason}.")
     if block < THREADS or block % THREADS:

@@ -98,7 +98,7 @@ def partial_of(batch: dict[str, Any], first_path: int, *, horizons: tuple[int, .
     """Partial result of consecutive paths that start at a block boundary.
 
     Args:
-      batch: arrays of `simulate.Outcome` by name (numpy, paths last).
+      batch: arrays of `simulate.Outcome` by name (numpy, paths last); `liquidations` may be missing.
       first_path: number of the first path.
       horizons: rows of `equity` at which loss measures are taken, the last one is the end.
       keep: worst paths to keep.
@@ -188,6 +188,9 @@ def _sums(batch: dict[str, Any], loss: np.ndarray) -> dict[str, np.ndarray]:
             by_date.append((now.sum(-1), np.vecdot(now, now), np.vecdot(increment, increment)))
             before = now
         sums["hit"], sums["hit_square"], sums["hazard_square"] = map(np.stack, zip(*by_date, strict=True))
+    for name, rows in (batch.get("liquidations") or {}).items():
+        blocks = _in_blocks(rows, left_out)
+        sums[name], sums[f"{name}_square"] = blocks.sum(-1), np.vecdot(blocks, blocks)
     exact = {name: np.sum(_to_exact(value), axis=-1) for name, value in sums.items()}
     if "hit" in exact:
         exact["hazard"] = np.diff(exact["hit"], axis=0, prepend=0)

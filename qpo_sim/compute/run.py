@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from qpo_sim import random
-from qpo_sim.book.ledger import ACCOUNTS, Book
+from qpo_sim.book.ledger import ACCOUNTS, Book, Liquidations
 from qpo_sim.compute import partial as partials
 from qpo_sim.compute.partial import PATH_BLOCK, Partial
 from qpo_sim.errors import InputError, check_level
@@ -34,7 +34,16 @@ FUSED_BATCH = 262_144
 KERNELS = ("auto", "scan", "fused")
 log = logging.getLogger(__name__)
 
-_KEPT = ("equity", "max_drawdown", "hit_probability", "is_liquidated", "accounts", "components", "is_finite")
+_KEPT = (
+    "equity",
+    "max_drawdown",
+    "hit_probability",
+    "is_liquidated",
+    "accounts",
+    "components",
+    "liquidations",
+    "is_finite",
+)
 
 
 @dataclass(frozen=True)
@@ -227,8 +236,16 @@ def _shape_of_kept(market: Market, book: Book, plan: Plan) -> dict[str, Any]:
         "is_liquidated": rows(book.n_accounts, dtype=np.dtype(bool)),
         "accounts": dict.fromkeys(ACCOUNTS, rows()) if plan.attribution else None,
         "components": rows(len(book.components)) if plan.attribution else None,
+        "liquidations": _rows_of_liquidations(book, rows) if plan.attribution and book.n_accounts else None,
         "is_finite": rows(dtype=np.dtype(bool)),
     }
+
+
+def _rows_of_liquidations(book: Book, rows: Callable[..., Any]) -> dict[str, Any]:
+    # A row per account, per account with fixed positions or per venue (see `ledger.Liquidations`).
+    accounts, fixed, venues = book.n_accounts, book.n_fixed, len(book.venues)
+    by_name = dict(bad_debt=accounts, cost=accounts, needless=fixed)
+    return {name: rows(by_name.get(name, venues)) for name in Liquidations._fields}
 
 
 def build_engine(
@@ -259,7 +276,7 @@ def build_engine(
     Raises:
       InputError: sizes that cannot be, market, book and plan that do not fit together, or "fused" where it cannot be.
     """
-    kernel, reason = _chosen_kernel(kernel, market, plan)
+    kernel, reason = _chosen_kernel(kernel, market, plan, book)
     sub_steps = check_fit(market, book, plan)
     mesh = device_mesh(devices)
     n_devices = mesh.devices.size
@@ -297,7 +314,7 @@ def build_engine(
     return Engine(market, plan, mesh, unit * chunks, prepared, keys, program, seconds, kernel, reason)
 
 
-def _chosen_kernel(kernel: str, market: Market, plan: Plan) -> tuple[str, str]:
+def _chosen_kernel(kernel: str, market: Market, plan: Plan, book: Book) -> tuple[str, str]:
     # What to try, "auto" where the scan may step in, and why.
     if kernel not in KERNELS:
         raise InputError(f"simulation.kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}.")
@@ -307,7 +324,7 @@ def _chosen_kernel(kernel: str, market: Market, plan: Plan) -> tuple[str, str]:
     if backend == "gpu":
         from qpo_sim.compute import fused
 
-        reason = fused.refusal(market, plan)
+        reason = fused.refusal(market, plan, book)
     else:
         reason = f"it needs a GPU and this process runs on {backend}"
     if reason is None:

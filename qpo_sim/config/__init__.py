@@ -9,9 +9,7 @@ from qpo_sim.config.schema import (
     Config,
     DataConfig,
     DriftConfig,
-    FundingConfig,
     GbmMarket,
-    HealthFactorVenue,
     LimitConfig,
     LoanAccount,
     MarketConfig,
@@ -21,8 +19,6 @@ from qpo_sim.config.schema import (
     ReportConfig,
     RiskConfig,
     SimulationConfig,
-    TieredMarginVenue,
-    VenueConfig,
 )
 
 __all__ = [
@@ -32,9 +28,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DriftConfig",
-    "FundingConfig",
     "GbmMarket",
-    "HealthFactorVenue",
     "LimitConfig",
     "LoanAccount",
     "MarketConfig",
@@ -44,9 +38,7 @@ __all__ = [
     "ReportConfig",
     "RiskConfig",
     "SimulationConfig",
-    "TieredMarginVenue",
     "Timeline",
-    "VenueConfig",
     "check",
     "check_assets",
     "conf_folder",

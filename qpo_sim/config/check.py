@@ -14,17 +14,12 @@ from qpo_sim.config.schema import (
     CalibrationConfig,
     ComposedMarket,
     Config,
-    HealthFactorVenue,
     LimitConfig,
-    LoanAccount,
     MarketConfig,
     OptimizerConfig,
-    PerpetualAccount,
     RegimeStudentTMarket,
     RiskConfig,
     SimulationConfig,
-    TieredMarginVenue,
-    VenueConfig,
 )
 from qpo_sim.errors import InputError, did_you_mean
 
@@ -64,13 +59,15 @@ def check(config: Config) -> None:
     Raises:
       InputError: naming the option, its value, the rule and how to mend it.
     """
+    from qpo_sim import venue
+
     _between("seed", config.seed, 0, 2**32 - 1)
     _check_data(config)
     _check_calibration(config.calibration)
     _check_market(config.market)
-    for name, venue in config.venue.items():
-        _check_venue(f"venue.{name}", venue)
-    _check_book(config.book, config.venue)
+    for name, rule in config.venue.items():
+        venue.from_config(rule, name=name)
+    _check_book(config.book)
     _check_simulation(config.simulation)
     _check_risk(config.risk, config.book)
     _check_optimizer(config.optimizer)
@@ -255,206 +252,21 @@ def _check_market(market: MarketConfig) -> None:
         )
 
 
-def _check_venue(key: str, venue: VenueConfig) -> None:
-    if isinstance(venue, TieredMarginVenue):
-        for asset, tiers in venue.tiers.items():
-            _check_tiers(f"{key}.tiers.{asset}", tiers)
-        for name in ("liquidation_fee_rate", "liquidation_slippage"):
-            _between(f"{key}.{name}", getattr(venue, name), 0.0, 0.99)
-        _between(f"{key}.taker_fee_rate", venue.taker_fee_rate, -0.1, 0.1)
-        _between(f"{key}.funding.rate_per_8h", venue.funding.rate_per_8h, -0.1, 0.1)
-        _positive(f"{key}.funding.interval_hours", venue.funding.interval_hours)
-    if isinstance(venue, HealthFactorVenue):
-        _check_collateral(key, venue)
-
-
-def _check_tiers(key: str, tiers: Sequence[tuple[float, float, float]]) -> None:
-    if not tiers:
-        raise InputError(f"{key} is empty: give rows [notional floor, maintenance margin rate, maximum leverage]")
-    before: tuple[float, float, float] | None = None
-    for place, (floor, rate, leverage) in enumerate(tiers):
-        row = f"{key}[{place}]"
-        if not 0.0 < rate < 1.0:
-            raise InputError(
-                f"{row} has maintenance margin rate {rate:g}, which must be between 0 and 1: 0.004 is 0.4 %"
-            )
-        if not 1.0 <= leverage <= 1.0 / rate:
-            raise InputError(
-                f"{row} has maximum leverage {leverage:g}, which must be from 1 to {1.0 / rate:g}: beyond, the initial "
-                f"margin would be below the maintenance margin rate {rate:g}"
-            )
-        if before is None:
-            if floor != 0.0:
-                raise InputError(f"{row} starts at {floor:g} and leaves a gap below: the first floor must be 0")
-        elif floor <= before[0]:
-            raise InputError(f"{row} has floor {floor:g}, not above {before[0]:g} of the row before: sort the floors")
-        elif rate <= before[1]:
-            raise InputError(
-                f"{row} has maintenance margin rate {rate:g}, not above {before[1]:g} of the row before: "
-                "rates must increase"
-            )
-        elif leverage > before[2]:
-            raise InputError(
-                f"{row} has maximum leverage {leverage:g}, above {before[2]:g} of the row before: it must not increase"
-            )
-        before = (floor, rate, leverage)
-
-
-def _check_collateral(key: str, venue: HealthFactorVenue) -> None:
-    tables = {name: getattr(venue, name) for name in ("liquidation_threshold", "ltv", "liquidation_bonus")}
-    for name, table in tables.items():
-        for asset in venue.liquidation_threshold:
-            if asset not in table and "default" not in table:
-                raise InputError(f"{key}.{name}.{asset} is missing: give it a value, or give a `default`")
-    for asset, ltv in venue.ltv.items():
-        _between(
-            f"{key}.ltv.{asset}", ltv, 0.0, _of(venue.liquidation_threshold, asset, 1.0), "its liquidation threshold"
-        )
-    for asset, bonus in venue.liquidation_bonus.items():
-        _between(f"{key}.liquidation_bonus.{asset}", bonus, 0.0, 1.0)
-    for asset, threshold in venue.liquidation_threshold.items():
-        if not 0.0 < threshold < 1.0:
-            raise InputError(f"{key}.liquidation_threshold.{asset}={threshold:g} must be between 0 and 1: 0.83 is 83 %")
-        bonus = _of(venue.liquidation_bonus, asset, 0.0)
-        if threshold * (1.0 + bonus) >= 1.0:
-            raise InputError(
-                f"{key}.liquidation_bonus.{asset}={bonus:g} with a liquidation threshold of {threshold:g} takes more "
-                f"than the collateral: it must be below {1.0 / threshold - 1.0:g}"
-            )
-    if not 0.0 < venue.close_factor <= 1.0:
-        raise InputError(
-            f"{key}.close_factor={venue.close_factor:g} must be above 0 and at most 1: 0.5 is half the debt"
-        )
-    _between(f"{key}.full_close_health_factor", venue.full_close_health_factor, 0.0, 1.0)
-    _between(f"{key}.small_position_usd", venue.small_position_usd, 0.0, 1e12)
-    _between(f"{key}.borrow_rate_per_year", venue.borrow_rate_per_year, -1.0, 10.0)
-
-
-def _of(table: Mapping, asset: str, otherwise: float) -> float:
-    return table.get(asset, table.get("default", otherwise))
-
-
-def _check_book(book: BookConfig, venues: Mapping[str, VenueConfig]) -> None:
+def _check_book(book: BookConfig) -> None:
+    # What it holds and owes is checked where it is built, with the rules of the venues.
     _positive("book.capital", book.capital, "the equity at the start in USD")
     _between("book.capital", book.capital, 0.0, 1e15)
-    for asset, fraction in book.spot.items():
-        _between(f"book.spot.{asset}", fraction, 0.0, 1000.0, "to be short, hold a perpetual")
-    for place, account in enumerate(book.perpetuals):
-        _check_perpetual(f"book.perpetuals[{place}]", account, book.capital, venues)
-    for place, loan in enumerate(book.loans):
-        _check_loan(f"book.loans[{place}]", loan, venues)
-    _unique("the account names of book.perpetuals and book.loans", book.accounts)
-    if book.cash < -ROUNDING:
-        raise InputError(
-            f"book spends {-book.cash:.6g} of the capital more than there is ({-book.cash * book.capital:,.0f} USD): "
-            "spot, margins and collateral less what the loans pay out must be at most 1, so lower one of them"
-        )
+    for group in ("perpetuals", "loans"):
+        for place, account in enumerate(getattr(book, group)):
+            _name(f"book.{group}[{place}].name", account.name)
+    for place, account in enumerate(book.accounts):
+        _name(f"book.accounts[{place}].name", str(account.get("name") or ""))
+    _unique("the account names of the book", book.account_names)
 
 
 def _name(key: str, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise InputError(f"{key}={name!r} must be made of letters, digits, _ and -: such as majors_cross")
-
-
-def _venue(key: str, name: str, venues: Mapping[str, VenueConfig], cls: type) -> VenueConfig:
-    fitting = [other for other, venue in venues.items() if isinstance(venue, cls)]
-    if name not in venues:
-        raise InputError(f"{key}={name} is not a venue: {did_you_mean(name, fitting)}")
-    if not isinstance(venues[name], cls):
-        rule = venues[name].kind
-        raise InputError(
-            f"{key}={name} has the rule {rule}, which this account cannot use: {did_you_mean('', fitting)}"
-        )
-    return venues[name]
-
-
-def _check_perpetual(key: str, account: PerpetualAccount, capital: float, venues: Mapping[str, VenueConfig]) -> None:
-    _name(f"{key}.name", account.name)
-    _positive(f"{key}.margin", account.margin, "the balance put in, a fraction of the capital")
-    _between(f"{key}.margin", account.margin, 0.0, 1000.0)
-    venue = _venue(f"{key}.venue", account.venue, venues, TieredMarginVenue)
-    assert isinstance(venue, TieredMarginVenue)
-    open_positions = {asset: notional for asset, notional in account.positions.items() if notional != 0.0}
-    if not open_positions:
-        raise InputError(f"{key}.positions is empty: give signed notionals such as {{BTC: 0.2}}, or drop the account")
-    if account.mode == "isolated" and len(open_positions) > 1:
-        raise InputError(
-            f"{key}.positions has {len(open_positions)} positions, but isolated margin belongs to one: "
-            "give each its own account, or set mode: cross"
-        )
-    for asset, price in account.entry.items():
-        if asset not in account.positions:
-            hint = did_you_mean(asset, account.positions)
-            raise InputError(f"{key}.entry.{asset} has no position in {key}.positions: {hint}")
-        _positive(f"{key}.entry.{asset}", price, "the price at which the position was opened")
-    initial = maintenance = 0.0
-    for asset, notional in open_positions.items():
-        _between(f"{key}.positions.{asset}", notional, -1000.0, 1000.0)
-        tiers = venue.tiers.get(asset, venue.tiers.get("default"))
-        if tiers is None:
-            hint = did_you_mean(asset, venue.tiers)
-            raise InputError(f"venue.{account.venue}.tiers has no table for {asset} and no `default`: {hint}")
-        needed = _margins(tiers, abs(notional) * capital)
-        initial, maintenance = initial + needed[0] / capital, maintenance + needed[1] / capital
-    # With entry prices the profit so far also counts, which needs the data.
-    if account.entry:
-        return
-    if account.margin <= maintenance:
-        raise InputError(
-            f"{key}.margin={account.margin:g} is not above the maintenance margin {maintenance:.6g} of its positions: "
-            f"it would be liquidated at once, so give more than {initial:.6g}"
-        )
-    if account.margin < initial * (1.0 - ROUNDING):
-        raise InputError(
-            f"{key}.margin={account.margin:g} is below the initial margin {initial:.6g} that {account.venue} asks for: "
-            "give more, or hold less"
-        )
-
-
-def _margins(tiers: Sequence[tuple[float, float, float]], notional: float) -> tuple[float, float]:
-    """Initial and maintenance margin of a notional; maintenance is the integral of the marginal rate."""
-    maintenance = 0.0
-    leverage = tiers[0][2]
-    for place, (floor, rate, allowed) in enumerate(tiers):
-        if notional > floor:
-            top = tiers[place + 1][0] if place + 1 < len(tiers) else math.inf
-            maintenance += rate * (min(notional, top) - floor)
-            leverage = allowed
-    return notional / leverage, maintenance
-
-
-def _check_loan(key: str, loan: LoanAccount, venues: Mapping[str, VenueConfig]) -> None:
-    _name(f"{key}.name", loan.name)
-    venue = _venue(f"{key}.venue", loan.venue, venues, HealthFactorVenue)
-    assert isinstance(venue, HealthFactorVenue)
-    for side in ("collateral", "debt"):
-        amounts = getattr(loan, side)
-        if not any(amounts.values()):
-            raise InputError(
-                f"{key}.{side} is empty: give fractions of the capital such as {{ETH: 0.2}}, or drop the loan"
-            )
-        for asset, fraction in amounts.items():
-            _between(f"{key}.{side}.{asset}", fraction, 0.0, 1000.0)
-    borrowable = covered = 0.0
-    for asset, fraction in loan.collateral.items():
-        for name in ("ltv", "liquidation_threshold", "liquidation_bonus"):
-            table = getattr(venue, name)
-            if asset not in table and "default" not in table:
-                hint = did_you_mean(asset, table)
-                raise InputError(f"{key}.collateral has {asset}, which venue.{loan.venue}.{name} does not list: {hint}")
-        borrowable += fraction * _of(venue.ltv, asset, 0.0)
-        covered += fraction * _of(venue.liquidation_threshold, asset, 0.0)
-    debt = sum(loan.debt.values())
-    if covered <= debt:
-        raise InputError(
-            f"{key} starts at health factor {covered / debt:.4g} and would be liquidated at once: "
-            f"lower the debt of {debt:g} to at most {borrowable:.6g}"
-        )
-    if debt > borrowable * (1.0 + ROUNDING):
-        raise InputError(
-            f"{key} owes {debt:g}, above the {borrowable:.6g} that {loan.venue} lends on its collateral: "
-            "lower the debt, or add collateral"
-        )
 
 
 def _check_simulation(simulation: SimulationConfig) -> None:
@@ -478,6 +290,9 @@ def _check_risk(risk: RiskConfig, book: BookConfig) -> None:
         _level(f"risk.levels[{place}]", level)
     _unique("risk.levels", risk.levels)
     _level("risk.attribution_level", risk.attribution_level)
+    for place, level in enumerate(risk.liquidation_at_risk):
+        _between(f"risk.liquidation_at_risk[{place}]", level, 1e-6, 0.5, "a probability of liquidation such as 0.01")
+    _unique("risk.liquidation_at_risk", risk.liquidation_at_risk)
     if risk.horizons_days is not None:
         if not risk.horizons_days:
             raise InputError("risk.horizons_days is empty: give at least one, or null for 1, 7 and all days")
@@ -501,8 +316,8 @@ def _check_limit(key: str, limit: LimitConfig, risk: RiskConfig, book: BookConfi
             )
     elif limit.level is not None:
         raise InputError(f"{key}.level={limit.level:g} has no meaning for {limit.measure}: leave it out")
-    if limit.account and limit.account not in book.accounts:
-        hint = did_you_mean(limit.account, book.accounts)
+    if limit.account and limit.account not in book.account_names:
+        hint = did_you_mean(limit.account, book.account_names)
         raise InputError(f"{key}.account={limit.account} is not an account of the book: {hint}")
     if limit.account and limit.measure != "liquidation_probability":
         raise InputError(f"{key}.account={limit.account} has no meaning for {limit.measure} of the book: leave it out")

@@ -1,8 +1,8 @@
 """The options of a run, as plain typed Python.
 
 One dataclass per section of the configuration; the values live in `conf/`, so a field without a default must be given
-there. Where a section comes in kinds (markets, venues), its class here is a base and `kind` picks the subclass: a new
-kind is a new subclass.
+there. Where a section comes in kinds (markets), its class here is a base and `kind` picks the subclass: a new kind is
+a new subclass.
 
 Units: money in USD; positions, margins and weights as fractions of the capital; rates per year (365 days) unless the
 name says otherwise; levels are confidence levels in (0, 1); losses are positive.
@@ -158,6 +158,22 @@ class ComposedMarket(MarketConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HistoryMarket(MarketConfig):
+    """The data themselves as one path, from the first row to the last (job=replay).
+
+    Attributes:
+      kind: "history".
+      intrabar: what is seen of a bar: "close", or "low_high": its open, its extremes (the low first in a bar that
+        rises, the high first in one that falls) and its close; needs a long file with open, high, low and close.
+      drift: unused.
+    """
+
+    kind: Literal["history"] = "history"
+    intrabar: Literal["close", "low_high"] = "close"
+    drift: DriftConfig = field(default_factory=lambda: DriftConfig(kind="historical"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PerpetualAccount:
     """Linear perpetual futures behind one margin balance.
 
@@ -204,17 +220,24 @@ class BookConfig:
       spot: value held by asset, fraction of the capital.
       perpetuals: futures accounts.
       loans: loan accounts.
+      accounts: accounts of other kinds, each a mapping with `kind`, `name` and what the kind takes.
+      policies: what trades after each step, each a mapping with `kind` and what the kind takes.
+      trading_costs: of a policy's outright trades: fee and slippage on the value, gas_usd per holding traded.
     """
 
     capital: float
     spot: dict[str, float] = field(default_factory=dict)
     perpetuals: tuple[PerpetualAccount, ...] = ()
     loans: tuple[LoanAccount, ...] = ()
+    accounts: tuple[dict[str, Any], ...] = ()
+    policies: tuple[dict[str, Any], ...] = ()
+    trading_costs: dict[str, float] = field(default_factory=dict)
 
     @property
-    def accounts(self) -> tuple[str, ...]:
-        """Names of all accounts that can be liquidated, perpetuals first."""
-        return tuple(account.name for account in (*self.perpetuals, *self.loans))
+    def account_names(self) -> tuple[str, ...]:
+        """Names of all accounts: perpetuals, loans, then the others."""
+        others = (str(account.get("name")) for account in self.accounts)
+        return (*(account.name for account in (*self.perpetuals, *self.loans)), *others)
 
     @property
     def assets(self) -> tuple[str, ...]:
@@ -225,93 +248,6 @@ class BookConfig:
         for loan in self.loans:
             names += [*loan.collateral, *loan.debt]
         return tuple(dict.fromkeys(name for name in names if name != "USD"))
-
-    @property
-    def cash(self) -> float:
-        """Cash left, fraction of the capital: 1 - spot - margins - collateral + what the loans pay out."""
-        spent = sum(self.spot.values()) + sum(account.margin for account in self.perpetuals)
-        lent = sum(sum(loan.collateral.values()) - sum(loan.debt.values()) for loan in self.loans)
-        return 1.0 - spent - lent
-
-
-@dataclass(frozen=True, kw_only=True)
-class FundingConfig:
-    """Funding of perpetual futures.
-
-    Attributes:
-      rate_per_8h: rate that longs pay to shorts per 8 hours of notional.
-      interval_hours: time between payments.
-    """
-
-    rate_per_8h: float
-    interval_hours: float = 8.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class VenueConfig:
-    """Rules of a place where accounts are held; `kind` picks the subclass.
-
-    Attributes:
-      kind: name of the margin rule.
-      source: where the numbers come from.
-      as_of: date they were valid, e.g. "2026-09".
-    """
-
-    kind: str
-    source: str
-    as_of: str
-
-
-Tier = tuple[float, float, float]
-"""Notional floor in USD, maintenance margin rate, maximum leverage."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TieredMarginVenue(VenueConfig):
-    """A futures exchange with maintenance margin by notional tiers.
-
-    Attributes:
-      kind: "tiered_margin".
-      tiers: margin table by asset, each row [notional floor USD, maintenance margin rate, maximum leverage]; the key
-        `default` is for every asset without a table.
-      liquidation_fee_rate: fee on the liquidated notional.
-      liquidation_slippage: share of the liquidated notional lost when the position is closed into the book.
-      funding: funding payments.
-      taker_fee_rate: fee on traded notional.
-    """
-
-    kind: Literal["tiered_margin"] = "tiered_margin"
-    tiers: dict[str, tuple[Tier, ...]]
-    liquidation_fee_rate: float
-    liquidation_slippage: float = 0.0
-    funding: FundingConfig
-    taker_fee_rate: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class HealthFactorVenue(VenueConfig):
-    """A lending pool that liquidates when collateral times threshold falls below the debt.
-
-    Attributes:
-      kind: "health_factor".
-      liquidation_threshold: share of the collateral's value that may be owed before liquidation, by asset; here and in
-        the next two the key `default` is for every asset that is not listed.
-      ltv: share of the collateral's value that may be borrowed at the start, by asset.
-      liquidation_bonus: extra share of collateral that a liquidator takes, by asset.
-      close_factor: share of the debt that one liquidation may repay.
-      full_close_health_factor: health factor at or below which all of it may be repaid.
-      small_position_usd: debt or collateral below which all of it may be repaid.
-      borrow_rate_per_year: interest on debt.
-    """
-
-    kind: Literal["health_factor"] = "health_factor"
-    liquidation_threshold: dict[str, float]
-    ltv: dict[str, float]
-    liquidation_bonus: dict[str, float]
-    close_factor: float
-    full_close_health_factor: float
-    small_position_usd: float
-    borrow_rate_per_year: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,12 +303,15 @@ class RiskConfig:
       horizons_days: horizons at which losses are measured; None is 1 day, 7 days and the whole simulated time.
       attribution_level: level of the conditional value at risk that is split over the positions.
       limits: bounds that decide the exit code.
+      liquidation_at_risk: probabilities of liquidation within the simulated time for which the margin or collateral
+        that each account needs is sought; empty for none, as it takes several runs of the book.
     """
 
     levels: tuple[float, ...]
     horizons_days: tuple[float, ...] | None = None
     attribution_level: float
     limits: tuple[LimitConfig, ...] = ()
+    liquidation_at_risk: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -483,7 +422,7 @@ class Config:
       calibration: how the regime market is fitted.
       market: what prices do.
       book: what is held.
-      venue: rules of the venues, by name.
+      venue: rules of the venues by name; `kind` names the rule, the rest are its parameters (see `qpo_sim.venue`).
       simulation: how much is simulated.
       risk: what is measured.
       optimizer: how better weights are sought.
@@ -499,7 +438,7 @@ class Config:
     calibration: CalibrationConfig
     market: MarketConfig
     book: BookConfig
-    venue: dict[str, VenueConfig]
+    venue: dict[str, dict[str, Any]]
     simulation: SimulationConfig
     risk: RiskConfig
     optimizer: OptimizerConfig

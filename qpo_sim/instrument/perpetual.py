@@ -58,7 +58,8 @@ class MarginState(NamedTuple):
 class Check(NamedTuple):
     """What settling needs: balance, distance, crossing probability, unrealised profit and the payoff of a liquidation.
 
-    The rest is what attribution needs: profit and fee at the barrier, prices at the mark and at the barrier.
+    The rest is what attribution needs: profit and fee at the barrier, what a liquidation leaves to the insurance fund
+    to pay, prices at the mark and at the barrier.
     """
 
     margin: Array
@@ -68,12 +69,16 @@ class Check(NamedTuple):
     payoff: Array
     hit_profit: Any = ()
     hit_fee: Any = ()
+    shortfall: Any = ()
     prices: tuple[Array, ...] = ()
     hit_prices: tuple[Array, ...] = ()
 
 
 class Drawn(NamedTuple):
-    """Drawn branch: alive (1 or 0), payoff once closed, prices frozen at the close, P&L accounts, equity."""
+    """Drawn branch: alive (1 or 0), payoff once closed, prices frozen at the close, P&L accounts, equity, bad debt.
+
+    `bad_debt` is what the insurance fund has paid, kept under attribution.
+    """
 
     alive: Array
     payoff: Array
@@ -82,6 +87,7 @@ class Drawn(NamedTuple):
     fees: Array
     liquidation: Array
     equity: Array
+    bad_debt: Any = ()
 
     @property
     def liquidated(self) -> Array:
@@ -167,10 +173,13 @@ def margin_step(
     hit_fee = sum(account.liquidation_fee[i] * g for i, g in enumerate(gross))
     slippage = sum(account.liquidation_slippage[i] * g for i, g in enumerate(gross))
     # What remains of the margin after fee and slippage stays with the user; a shortfall goes to the insurance fund.
-    payoff = jnp.maximum(margin + hit_profit - hit_fee - slippage, 0.0)
+    left = margin + hit_profit - hit_fee - slippage
+    payoff = jnp.maximum(left, 0.0)
     check = Check(margin, now.x, crossing, profit(account, own), payoff)
     if options.attribution:
-        check = check._replace(hit_profit=hit_profit, hit_fee=hit_fee, prices=own, hit_prices=hit)
+        check = check._replace(
+            hit_profit=hit_profit, hit_fee=hit_fee, shortfall=payoff - left, prices=own, hit_prices=hit
+        )
     return MarginState(margin, now.x), check
 
 
@@ -183,7 +192,8 @@ def drawn_init(account: Perpetual, shape: PerpetualShape, one: Array, options: O
     """Drawn branch before the first step."""
     prices, zero = (one,) * len(shape.assets), 0.0 * one
     equity = account.margin * one + profit(account, prices)
-    return Drawn(one, zero, prices if options.attribution else (), zero, zero, zero, equity)
+    frozen, bad_debt = (prices, zero) if options.attribution else ((), ())
+    return Drawn(one, zero, frozen, zero, zero, zero, equity, bad_debt)
 
 
 def drawn_step(
@@ -212,6 +222,7 @@ def drawn_step(
         fees=state.fees - closes * check.hit_fee,
         # Slippage paid, and what the insurance fund takes over when the account ends below zero.
         liquidation=state.liquidation + closes * (check.payoff - check.margin - check.hit_profit + check.hit_fee),
+        bad_debt=state.bad_debt + closes * check.shortfall,
     )
 
 

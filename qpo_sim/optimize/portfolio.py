@@ -432,6 +432,11 @@ def optimize_weights(
             f"optimizer.objective is {objective_name!r}; it must be one of {', '.join(objective.OBJECTIVES)}."
         )
     check_level(level)
+    if book.policies:
+        raise InputError(
+            "job=optimize chooses weights that stay what they are, and this book has policies that change them: use "
+            "job=risk, or book.policies=[]."
+        )
     plan = Plan(
         n_steps,
         step_hours=market.step_hours if step_hours is None else step_hours,

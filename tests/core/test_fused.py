@@ -236,9 +236,10 @@ def test_fused_engine_takes_its_own_book_only(monkeypatch):
     ],
 )
 def test_models_without_a_kernel_say_why(market, plan, words):
-    assert words in fused.refusal(market, plan)
+    book = build_book(market.assets)
+    assert words in fused.refusal(market, plan, book)
     with pytest.raises(InputError, match=words):
-        fused.fused_paths(market, None, None, plan, 256)
+        fused.fused_paths(market, None, book, plan, 256)
 
 
 def test_block_must_be_a_multiple_of_the_threads():

@@ -39,7 +39,9 @@ class Story:
     equity: list = field(default_factory=list)
     hit_probability: list = field(default_factory=list)
     accounts: dict = field(
-        default_factory=lambda: dict(price=0.0, funding=0.0, interest=0.0, fees=0.0, liquidation=0.0)
+        default_factory=lambda: dict.fromkeys(
+            ("price", "funding", "interest", "fees", "liquidation", "trading", "income"), 0.0
+        )
     )
     components: np.ndarray | None = None
     liquidated: bool = False
