@@ -68,3 +68,9 @@ def test_quick_reduction_benchmark_prints_its_tables():
     assert len(errors) == 5 and "leveraged book, 30 days" in errors
     for of_law in errors.values():
         assert max(of_law[::2]) < 5e-4 and max(of_law[1::2]) < 1e-5
+
+
+@pytest.mark.slow
+def test_quick_loan_benchmark_prints_its_table():
+    rows = _rows(_quick(script="benchmark_loans.py"))
+    assert len(rows) > 2 and all(float(cell) > 0.0 for cell in rows[-1][1:])

@@ -151,7 +151,7 @@ def test_tables_agree_with_each_other(risk):
     assert attribution["share"].sum() == pytest.approx(1.0, abs=1e-5)
     ledger = read(risk.folder, "ledger").set_index("account")
     parts = ledger.drop(index="total")
-    assert set(parts.index) == {"price", "funding", "interest", "fees", "liquidation"}
+    assert set(parts.index) == {"price", "funding", "interest", "fees", "liquidation", "trading", "income"}
     assert parts["mean"].sum() == pytest.approx(ledger.loc["total", "mean"], abs=1e-6)
     assert ledger.loc["total", "mean"] == pytest.approx(
         risk.measure("mean_return", horizon_days=5.0)["value"], abs=1e-6
@@ -399,3 +399,176 @@ def test_the_library_and_the_command_line_agree(risk, session):
     )
     worst = jobs._worst_paths(finished)
     np.testing.assert_array_equal(worst["path"], read(risk.folder, "worst_paths")["path"])
+
+
+# ----------------------------------------------------------------------------- liquidation
+
+
+def test_what_liquidations_cost_is_told_by_account_and_venue(risk):
+    for name in ("expected_bad_debt", "expected_liquidation_cost", "liquidation_cost_if_liquidated"):
+        assert risk.measure(name, account="cross")["std_error"] is not None, name
+        assert risk.measure(f"venue_{name}", account="binance")["value"] == risk.measure(name, account="cross")["value"]
+    chance = risk.measure("liquidation_probability", account="cross", horizon_days=5.0)["value"]
+    needless = risk.measure("needless_liquidation_probability", account="cross")
+    assert 0.0 < needless["value"] < chance and needless["std_error"] > 0.0
+    days = [
+        row["value"]
+        for row in risk.result["measures"]
+        if row["measure"] == "time_to_liquidation_quantile" and row["account"] == "cross"
+    ]
+    assert days == sorted(days) and 0.0 < days[0] and days[-1] <= 5.0
+
+
+def test_liquidations_by_regime_add_up(risk):
+    """All paths of this run are among those that are recorded, so that the parts sum to the whole."""
+    parts = read(risk.folder, "liquidation_by_regime")
+    chance = risk.measure("liquidation_probability", account="cross", horizon_days=5.0)["value"]
+    assert list(parts["regime"]) == ["calm", "turbulent"]
+    assert parts["probability"].sum() == pytest.approx(chance, rel=1e-5)
+
+
+def test_account_fan(risk):
+    fan = read(risk.folder, "account_fan")
+    assert set(fan["kind"]) == {"margin_ratio", "exposure"} and (fan["q05"] <= fan["q95"]).all()
+    ratio = fan[fan["kind"] == "margin_ratio"]
+    assert (ratio["q05"] > 1.0).all() and (np.diff(ratio["share"]) <= 0.0).all()
+    # Notionals of 0.9 and 0.4 at the start.
+    assert fan[fan["kind"] == "exposure"]["q50"].iloc[0] == pytest.approx(1.3, abs=0.1)
+
+
+MARGIN_BOOK = """
+capital: 1000000
+perpetuals: [{name: fixed, mode: isolated, venue: binance, margin: 0.2, positions: {BTC: 0.8}}]
+loans: [{name: loan, venue: aave_v3, collateral: {ETH: 0.4}, debt: {USD: 0.28}}]
+accounts:
+  - kind: margin
+    name: free
+    venue: binance
+    balance: {USD: 0.2}
+    positions: [{kind: linear, asset: BTC, notional: 0.8}]
+"""
+
+
+def test_margin_needed_of_three_kinds_of_accounts(options, mine):
+    """The same position needs the same margin whichever account carries it, and at that margin the odds are right.
+
+    4.5 standard errors, the draws of the two accounts being the same up to their uniforms.
+    """
+    (mine / "book" / "margins.yaml").write_text(MARGIN_BOOK)
+    session = jobs.open_session(options("job=risk", "book=margins"))
+    risk_options = dataclasses.replace(session.config.risk, liquidation_at_risk=(0.05,))
+    config = dataclasses.replace(session.config, risk=risk_options)
+    session = dataclasses.replace(session, config=config)
+    found = jobs._liquidation_at_risk(session).set_index("account")
+    assert list(found.index) == ["fixed", "loan", "free"]
+    fixed, free = found.loc["fixed"], found.loc["free"]
+    assert abs(fixed["needed"] - free["needed"]) < 4.5 * np.hypot(fixed["std_error"], free["std_error"])
+    np.testing.assert_allclose([fixed["now"], free["now"], found.loc["loan", "now"]], [0.2, 0.2, 0.4], rtol=1e-6)
+    plan = Plan(5, monitoring="bridge", dates=(5,), attribution=False, drawn=False)
+    for j, name in enumerate(found.index):
+        row = found.loc[name]
+        book = jobs.with_margin(session.book, j, row["needed"] / row["now"])
+        hit = np.asarray(simulate_paths(session.market, book, N_PATHS, plan, seed=0).conditional.hit_probability[j])
+        assert hit.mean(dtype=np.float64) == pytest.approx(0.05, rel=0.02), name
+
+
+def test_notes_say_how_accounts_are_checked(options, mine):
+    (mine / "book" / "margins.yaml").write_text(MARGIN_BOOK)
+    notes = " ".join(jobs._notes(jobs.open_session(options("job=risk", "book=margins"))))
+    assert "fixed, loan and free are checked at every moment" in notes
+    notes = " ".join(jobs._notes(jobs.open_session(options("job=risk", "simulation.monitoring=step"))))
+    assert "too low" in notes
+    notes = " ".join(jobs._notes(jobs.open_session(options("job=risk"))))
+    assert "cross is checked between the step ends" in notes and "first order" in notes
+
+
+# ----------------------------------------------------------------------------- history
+
+
+HOURS = 40
+OCTOBER = Path(__file__).resolve().parents[2] / "shared" / "data" / "prices_hourly_ohlcv_2025q4.csv.gz"
+
+
+def bars() -> pd.DataFrame:
+    """Hourly bars of two assets: even, but for a wick of BTC to 85 % in hour 20 that its close does not show."""
+    time = pd.date_range("2025-10-10", periods=HOURS, freq="h", tz="UTC")
+    rows = []
+    for asset, level in (("BTC", 100.0), ("ETH", 10.0)):
+        close = level * (1.0 + 0.0005 * np.arange(1, HOURS + 1))
+        start = np.append(level, close[:-1])
+        low = np.minimum(start, close) * np.where((np.arange(HOURS) == 20) & (asset == "BTC"), 0.85, 0.999)
+        high = np.maximum(start, close) * 1.001
+        rows.append(
+            pd.DataFrame(
+                {"open_time_utc": time, "asset": asset, "open": start, "high": high, "low": low, "close": close}
+            )
+        )
+    return pd.concat(rows, ignore_index=True)
+
+
+def history(options, folder: Path, table: pd.DataFrame, *overrides: str):
+    file = folder / "bars.csv"
+    table.to_csv(file, index=False)
+    return options("job=replay", "market=history", "data=file", f"data.path={file}", "data.assets=null", *overrides)
+
+
+def test_history_starts_at_the_first_row_and_ends_at_the_last(options, tmp_path):
+    table = bars()
+    done = Done(history(options, tmp_path, table), tmp_path / "out")
+    path = read(done.folder, "replay")
+    close = table[table["asset"] == "BTC"]["close"].to_numpy()
+    np.testing.assert_allclose(path["price:BTC"], close / close[0], rtol=1e-6)
+    assert done.result["n_steps"] == HOURS - 1 and done.result["step_hours"] == 1.0
+    # Spot of 0.5 and a short of 0.4 in ETH and long of 0.9 in BTC; both assets move alike, funding is due twice.
+    growth = close[-1] / close[0] - 1.0
+    assert path["equity"].iloc[-1] == pytest.approx(1.0 + growth * (0.5 + 0.9 - 0.4), abs=5e-4)
+    assert not done.result["worst_paths"][0]["liquidated"]
+
+
+def test_extremes_of_bars_liquidate_where_closes_do_not(options, tmp_path):
+    done = Done(history(options, tmp_path, bars(), "market.intrabar=low_high"), tmp_path / "out")
+    path, events = read(done.folder, "replay"), read(done.folder, "replay_events")
+    assert len(path) == 4 * HOURS and done.result["step_hours"] == 0.25
+    bar = bars().query("asset == 'BTC'").iloc[20]
+    # A bar that rises: open, low, high, close.
+    expected = bar[["open", "low", "high", "close"]].to_numpy(float) / 100.0
+    np.testing.assert_allclose(path["price:BTC"].iloc[80:84], expected, rtol=1e-6)
+    hit = events[events["account"] == "cross"].iloc[0]
+    assert hit["time"] == "2025-10-10 20:00 (first extreme)"
+    assert hit["price_usd"] == pytest.approx(bar["low"])
+    # The long loses 0.9 times about 15 % of the capital, more than the margin of 0.12: nothing of it is left.
+    assert hit["loss_usd"] == pytest.approx(120_000.0, rel=1e-6)
+    assert "cross is liquidated with BTC" in done.result["verdict"][1]
+
+
+@pytest.mark.parametrize("job", ["risk", "optimize", "calibrate"])
+def test_history_is_refused_by_jobs_that_need_many_paths(options, tmp_path, job):
+    config = dataclasses.replace(history(options, tmp_path, bars()), job=job)
+    with pytest.raises(InputError, match=f"job={job} needs many: use job=replay"):
+        jobs.run(config, tmp_path / "out", QUIET)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t: t.drop(columns="low"), "no column 'low'"),
+        (lambda t: t.assign(high=np.where(t.index == 5, 0.5 * t["high"], t["high"])), "does not enclose"),
+        (lambda t: t.assign(low=np.where(t.index == 5, -1.0, t["low"])), "low -1"),
+    ],
+)
+def test_bad_bars_are_one_sentence(options, tmp_path, spoil, words):
+    config = history(options, tmp_path, spoil(bars()), "market.intrabar=low_high")
+    with pytest.raises(InputError, match=words):
+        jobs.run(config, tmp_path / "out", QUIET)
+
+
+@pytest.mark.skipif(not OCTOBER.is_file(), reason="the shared hourly bars are not here")
+def test_october_2025(tmp_path):
+    """The four leveraged accounts go on 10 October; the hedged short does not."""
+    done = Done(load(["+experiment=october_2025", f"data.path={OCTOBER}", "report.html=false"]), tmp_path / "out")
+    events = read(done.folder, "replay_events").dropna(subset="account").set_index("account")
+    assert list(events.index) == ["btc_20x", "alt_basket_10x", "eth_loan", "sol_5x"]
+    assert events["time"].str.startswith("2025-10-10").all()
+    # ETH's low of the day takes the health factor, 1.19 at the start, below one.
+    assert events.loc["eth_loan", "price_usd"] == pytest.approx(3400.0)
+    assert (events["loss_usd"] > 0.0).all() and events.loc["btc_20x", "loss_usd"] == pytest.approx(50_000.0, rel=1e-3)

@@ -24,6 +24,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "ledger": ("account", "mean", "std_error", "tail_mean"),
     "convergence": ("n_paths", "measure", "level", "value", "std_error"),
     "optimizer_trace": ("step", "objective"),
+    "liquidation_by_regime": ("account", "regime", "probability", "std_error"),
+    "account_fan": ("account", "kind", "day", "q05", "q25", "q50", "q75", "q95"),
+    "liquidation_at_risk": ("account", "level", "now", "needed", "std_error"),
     "worst_paths": ("path", "loss", "max_drawdown", "liquidated"),
     "replay": (),
     "replay_events": ("day", "event"),
@@ -61,6 +64,13 @@ class RunReport:
         loss_histogram: density of the loss at the horizon; bins touch each other and increase.
         hazard: by account and day, the probability that the first liquidation falls on that day (not conditional on
             survival until then) and its running sum, `cumulative`.
+        liquidation_by_regime: probability of being liquidated in a step of each regime, by account.
+        account_fan: by account and day, quantiles of the margin ratio (liquidation at one) and of the exposure (gross,
+            over the starting capital) over the paths on which it is untouched; `kind` is "margin_ratio" or "exposure".
+        liquidation_at_risk: margin or collateral `needed` for a probability of liquidation of `level`, and `now`.
+        n_recorded: paths behind `liquidation_by_regime` and `account_fan`.
+        n_liquidation_paths: paths behind the measures of bad debt, cost and needless liquidation.
+        account_venues: venue by account.
         regime_history: smoothed probability of each regime, columns from calm to turbulent, index of dates.
         price_history: price of the first asset on the same index; its name is the asset's.
         regime_table: one row per regime, from calm to turbulent.
@@ -97,6 +107,12 @@ class RunReport:
     fan: pd.DataFrame | None = None
     loss_histogram: pd.DataFrame | None = None
     hazard: pd.DataFrame | None = None
+    liquidation_by_regime: pd.DataFrame | None = None
+    account_fan: pd.DataFrame | None = None
+    liquidation_at_risk: pd.DataFrame | None = None
+    n_recorded: int = 0
+    n_liquidation_paths: int = 0
+    account_venues: dict[str, str] = field(default_factory=dict)
     regime_history: pd.DataFrame | None = None
     price_history: pd.Series | None = None
     regime_table: pd.DataFrame | None = None

@@ -241,9 +241,55 @@ def hazard(report: RunReport, is_narrow: bool) -> Any:
     return drawing
 
 
+def accounts(report: RunReport, is_narrow: bool) -> Any:
+    """Margin ratio and exposure of each account over time: bands over the paths on which it is untouched."""
+    table = report.table("account_fan")
+    names = list(dict.fromkeys(table["account"]))
+    kinds = [kind for kind in ("margin_ratio", "exposure") if kind in set(table["kind"])]
+    if report.has("hazard"):
+        total = report.table("hazard").groupby("account", sort=False)["cumulative"].last()
+        names = sorted(names, key=lambda name: -float(total.get(name, 0.0)))
+    names = names[:MOST_ACCOUNTS]
+    columns = 1 if is_narrow else len(kinds)
+    n = len(names) * len(kinds) if is_narrow else len(names)
+    drawing = figure(NARROW if is_narrow else WIDE, 0.4 + 1.55 * n)
+    panels = np.atleast_1d(drawing.subplots(n, columns, sharex=True, squeeze=False)).ravel()
+    order = [(name, kind) for name in names for kind in kinds]
+    for panel, (name, kind) in zip(panels, order, strict=True):
+        rows = table[(table["account"] == name) & (table["kind"] == kind)]
+        if rows.empty:
+            panel.set_visible(False)
+            continue
+        colour = PALETTE[CYCLE[names.index(name) % len(CYCLE)]]
+        day = rows["day"].to_numpy(dtype=float)
+        bands = {q: rows[q].to_numpy(dtype=float) for q in ("q05", "q25", "q50", "q75", "q95")}
+        for low, high, strength in (("q05", "q95", 0.18), ("q25", "q75", 0.34)):
+            panel.fill_between(day, bands[low], bands[high], color=colour, alpha=strength, linewidth=0)
+        panel.plot(day, bands["q50"], color=colour, linewidth=1.6)
+        words = "margin ratio" if kind == "margin_ratio" else "exposure, % of the capital"
+        panel.set_title(f"{_name(name, is_narrow)}: {words}", color=colour, fontsize=8.5, pad=3.0)
+        if kind == "margin_ratio":
+            panel.axhline(1.0, color=_RED, linewidth=0.8)
+            # An account without anything owed is infinitely far away.
+            finite = bands["q75"][np.isfinite(bands["q75"])]
+            top = min(float(np.nanmax(bands["q95"])), 3.0 * float(np.max(finite)) if finite.size else 3.0, 20.0)
+            panel.set_ylim(min(0.95, 0.98 * float(np.nanmin(bands["q05"]))), max(1.1, 1.04 * top))
+        else:
+            panel.set_ylim(bottom=0.0)
+            panel.yaxis.set_major_formatter(_percent_axis())
+        panel.yaxis.set_major_locator(_locator(3))
+        _limit_x(panel, day[0], day[-1])
+    for panel in panels[-columns:]:
+        panel.set_xlabel("day")
+    return drawing
+
+
 def attribution(report: RunReport, is_narrow: bool) -> Any:
     """Euler components of CVaR as bars with 95 % error bars, the largest on top."""
     table = report.table("attribution")
+    # What contributes nothing, for certain, is left out.
+    nothing = (table["contribution"].astype(float) == 0.0) & (table["std_error"].fillna(0.0).astype(float) == 0.0)
+    table = table[~nothing] if not nothing.all() else table
     table = table.sort_values("contribution", ascending=True, kind="stable").tail(20)
     drawing = figure(NARROW if is_narrow else WIDE, 0.9 + (0.36 if is_narrow else 0.3) * len(table))
     axes = drawing.subplots()
@@ -510,7 +556,7 @@ def replay(report: RunReport, is_narrow: bool) -> Any:
         values = {column: table[column].to_numpy(dtype=float) for column in columns}
         if kind == "prices":
             values = {column: line / line[0] for column, line in values.items()}
-        order = sorted(columns, key=lambda column: -values[column][-1])
+        order = sorted(columns, key=lambda column: -np.nan_to_num(values[column][-1]))
         for i, column in enumerate(order):
             # With many lines only the extremes and the first asset are named; the rest stays grey.
             is_named = not is_busy or i in (0, len(order) - 1) or column == columns[0]
@@ -520,7 +566,11 @@ def replay(report: RunReport, is_narrow: bool) -> Any:
                 day, values[column], color=shade, linewidth=1.6 if is_named else 0.8, alpha=1.0 if is_named else 0.6
             )
             if is_named:
-                name, last = _name(str(column).split(":", 1)[-1], is_narrow), values[column][-1]
+                known = values[column][np.isfinite(values[column])]
+                if not known.size:
+                    continue
+                # A line that ends early is named at its last height.
+                name, last = _name(str(column).split(":", 1)[-1], is_narrow), known[-1]
                 ends.append((last, f"{name} {last:.2f}" if kind == "ratios" else f"{name} {100.0 * last:.0f}", shade))
         reference = 1.0
         panel.axhline(reference, color=_RED if kind == "ratios" else PALETTE["stone"], linewidth=0.8)

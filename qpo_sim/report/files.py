@@ -27,12 +27,23 @@ from qpo_sim.report.words import verdict
 
 SCHEMA = 1
 # Small tables of estimates also stand in result.json; curves and histories only in tables/.
-_IN_RESULT = ("limits", "weights", "comparison", "attribution", "ledger", "regime_table", "worst_paths")
+_IN_RESULT = (
+    "limits",
+    "weights",
+    "comparison",
+    "attribution",
+    "ledger",
+    "regime_table",
+    "worst_paths",
+    "liquidation_by_regime",
+    "liquidation_at_risk",
+)
 _TABLES = (
     "measures",
     "fan",
     "loss_histogram",
     "hazard",
+    "account_fan",
     *_IN_RESULT,
     "convergence",
     "optimizer_trace",

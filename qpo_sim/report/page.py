@@ -18,6 +18,13 @@ from qpo_sim.report.content import RunReport
 from qpo_sim.report.svg import PALETTE, Picture, missing, picture
 
 _MOST_ROWS = 40
+# Measure, level and unit of the columns of the table by account behind the probability.
+_LIQUIDATION_COLUMNS: tuple[tuple[str, float | None, str], ...] = (
+    ("expected_time_to_liquidation", None, "days"),
+    ("liquidation_cost_if_liquidated", None, "fraction of capital"),
+    ("expected_bad_debt", None, "fraction of capital"),
+    ("needless_liquidation_probability", None, "probability"),
+)
 _CHIPS = {
     "ok": ("good", "✓ within limit"),
     "breached": ("bad", "✕ breached"),
@@ -101,6 +108,7 @@ def build_sections(report: RunReport) -> list[Section]:
         (("fan",), _fan),
         (("loss_histogram",), _losses),
         (("hazard", "measures"), _hazard),
+        (("account_fan",), _accounts),
         (("attribution",), _attribution),
         (("ledger",), _ledger),
         (("weights",), _weights),
@@ -329,25 +337,133 @@ def _hazard(report: RunReport) -> Section:
         if len(last) > figures.MOST_ACCOUNTS:
             notes.append(f"The {figures.MOST_ACCOUNTS} accounts with the highest probability of {len(last)} are drawn.")
         drawn = _draw("liquidation", lead, report, figures.hazard)
+    tables_ = [
+        table
+        for table in (_by_account(report), _by_venue(report), _by_regime(report), _margin_needed(report))
+        if table is not None
+    ]
+    if report.accounts("expected_liquidation_cost"):
+        notes.append(
+            "Cost: fees, slippage and bonuses of the liquidation, and margin that a venue keeps. Borne by others: what "
+            "an insurance fund or lenders pay where an account ends below zero. Needless: the account, left alone, "
+            "would have ended the run above its maintenance margin."
+        )
+    fewer = [
+        what
+        for what, n_paths in (
+            ("costs, what others bear, needless liquidations and totals by venue", report.n_liquidation_paths),
+            ("liquidations by regime", report.n_recorded if report.has("liquidation_by_regime") else report.n_paths),
+        )
+        if 0 < n_paths < report.n_paths
+    ]
+    if fewer:
+        notes.append(f"From the first {fmt.plural(report.n_recorded, 'path')}: {fmt.join(fewer)}.")
+    if report.has("liquidation_at_risk"):
+        notes.append(
+            "Margin needed: equity at the start of a margin account, value of a loan's collateral; all else stays as "
+            "it is, and the paths are the same for every margin."
+        )
+    return Section("liquidation", "Liquidation", lead, drawn, tables_, notes)
+
+
+def _by_account(report: RunReport) -> Table | None:
     rows = []
     for account in ["", *report.accounts()]:
         chance = report.find("liquidation_probability", account=account)
-        time = report.find("expected_time_to_liquidation", account=account)
-        if chance is not None:
-            rows.append(
-                [
-                    _name(account or "at least one"),
-                    _number(*chance, "probability"),
-                    Cell("–") if time is None else _number(*time, "days"),
-                ]
-            )
+        if chance is None:
+            continue
+        cells = [_name(account or "at least one"), _number(*chance, "probability")]
+        for measure, level, unit in _LIQUIDATION_COLUMNS:
+            found = report.find(measure, account=account, level=level)
+            cells.append(Cell("–") if found is None else _number(*found, unit))
+        rows.append(cells)
     columns = [
         ("Account", "text"),
-        ("Probability of liquidation", "estimate"),
-        ("Mean time to it, if it happens", "estimate"),
+        ("Liquidated", "estimate"),
+        ("Mean time to it", "estimate"),
+        ("Cost if liquidated", "estimate"),
+        ("Borne by others", "estimate"),
+        ("Needless", "estimate"),
     ]
-    tables_ = [Table("Liquidation by account", columns, [("", rows)])] if rows else []
-    return Section("liquidation", "Liquidation", lead, drawn, tables_, notes)
+    if rows and not report.accounts("expected_liquidation_cost"):
+        columns, rows = columns[:3], [row[:3] for row in rows]
+    return Table("Liquidation by account", columns, [("", rows)]) if rows else None
+
+
+def _by_venue(report: RunReport) -> Table | None:
+    rows = []
+    for venue in report.accounts("venue_liquidation_probability"):
+        own = [account for account, at in report.account_venues.items() if at == venue]
+        cells = [_name(venue), _words(", ".join(own))]
+        for measure, unit in (
+            ("venue_liquidation_probability", "probability"),
+            ("venue_expected_liquidation_cost", "fraction of capital"),
+            ("venue_expected_bad_debt", "fraction of capital"),
+        ):
+            found = report.find(measure, account=venue)
+            cells.append(Cell("–") if found is None else _number(*found, unit))
+        rows.append(cells)
+    columns = [
+        ("Venue", "text"),
+        ("Accounts", "text"),
+        ("Any liquidated", "estimate"),
+        ("Mean cost", "estimate"),
+        ("Borne by others", "estimate"),
+    ]
+    return Table("Liquidation by venue", columns, [("", rows)]) if rows else None
+
+
+def _by_regime(report: RunReport) -> Table | None:
+    if not report.has("liquidation_by_regime"):
+        return None
+    table = report.table("liquidation_by_regime")
+    regimes = list(dict.fromkeys(table["regime"]))
+    rows = []
+    for account, own in table.groupby("account", sort=False):
+        by = own.set_index("regime")
+        cells = [_number(float(by["probability"][r]), float(by["std_error"][r]), "probability") for r in regimes]
+        rows.append([_name(account), *cells])
+    columns = [("Account", "text"), *((f"Liquidated in {regime}", "estimate") for regime in regimes)]
+    return Table("Liquidation by the regime in which it happens", columns, [("", rows)])
+
+
+def _margin_needed(report: RunReport) -> Table | None:
+    if not report.has("liquidation_at_risk"):
+        return None
+    rows = []
+    for row in report.table("liquidation_at_risk").itertuples():
+        needed, error = float(row.needed), float(row.std_error)
+        rows.append(
+            [
+                _name(row.account),
+                Cell(fmt.percent(float(row.level))),
+                _money(float(row.now) * report.capital, math.nan),
+                _money(needed * report.capital, error * report.capital) if math.isfinite(needed) else Cell("–"),
+                Cell(f"{needed / float(row.now):.3g} ×" if math.isfinite(needed) else "out of reach"),
+            ]
+        )
+    columns = [
+        ("Account", "text"),
+        ("Liquidated with probability", "number"),
+        ("Margin now, USD", "number"),
+        ("Margin needed, USD", "estimate"),
+        ("Ratio", "number"),
+    ]
+    return Table("Liquidation-at-Risk: the margin or collateral an account needs", columns, [("", rows)])
+
+
+def _accounts(report: RunReport) -> Section:
+    kinds = set(report.table("account_fan")["kind"])
+    lead = (
+        "How close each account is to liquidation (1 is liquidation)"
+        f"{' and how much it holds, in % of the starting capital,' if 'exposure' in kinds else ''} over the paths on "
+        "which it has not been liquidated: median, and bands with 50 and 90 % of them."
+    )
+    notes = [
+        f"From the first {fmt.plural(report.n_recorded, 'path')}. The margin ratio is what the account has over what "
+        "it owes and must keep: of one position price over liquidation price, of a loan the health factor."
+    ]
+    return Section("accounts", "Accounts over time", lead, _draw("accounts", lead, report, figures.accounts), [], notes)
 
 
 def _attribution(report: RunReport) -> Section:
@@ -384,6 +500,8 @@ def _ledger(report: RunReport) -> Section:
             _percent(float(row.tail_mean)),
         ]
         for row in table.itertuples()
+        # What never happened needs no line.
+        if row.account == "total" or abs(float(row.mean)) + float(row.std_error) + abs(float(row.tail_mean)) > 0.0
     ]
     lead = (
         "Where profit and loss come from, on average over all paths and over the tail; gains are positive here, "
@@ -514,7 +632,10 @@ def _convergence(report: RunReport) -> Section:
         "The estimates as paths come in, with their 95 % band: the line should wander inside the band and settle; "
         "the band halves with four times the paths."
     )
-    return Section("convergence", "Convergence", lead, _draw("convergence", lead, report, figures.convergence))
+    # One point is no line.
+    has_lines = report.table("convergence")["n_paths"].nunique() > 1
+    drawn = _draw("convergence", lead, report, figures.convergence) if has_lines else []
+    return Section("convergence", "Convergence", lead, drawn)
 
 
 def _worst(report: RunReport) -> Section:
@@ -545,7 +666,7 @@ def _replay(report: RunReport) -> Section:
     tables = []
     if report.has("replay_events"):
         rows = [
-            [Cell(f"{float(row.day):g}", is_head=True), _words(row.event)]
+            [Cell(f"{float(row.day):.4g}", is_head=True), _words(row.event)]
             for row in report.table("replay_events").itertuples()
         ]
         tables = [Table("What happened", [("Day", "text"), ("Event", "text")], [("", rows)])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +18,8 @@ _CLEAR, _LIKELY = 3.0, 1.96  # in standard errors of the difference
 def verdict(report: RunReport) -> list[str]:
     """The run in plain sentences, the most important first; each number with its 95 % half-width."""
     breached, other_limits = _limits(report)
-    body = _losses(report) + _liquidations(report) + _drivers(report) + _optimum(report) + _replay(report)
+    makers = (_losses, _liquidations, _costs, _margins, _drivers, _optimum, _replay)
+    body = [sentence for make in makers for sentence in make(report)]
     if not body:
         body = _regimes(report)
     # A breach is the news; limits that hold only confirm what was said before.
@@ -98,6 +100,61 @@ def _liquidations(report: RunReport) -> list[str]:
     return sentences
 
 
+def _costs(report: RunReport) -> list[str]:
+    """What the costliest account's liquidations cost, and what others bear of all accounts."""
+    found = {
+        name: number
+        for name in report.accounts("expected_liquidation_cost")
+        if (number := report.find("expected_liquidation_cost", account=name)) is not None and number.value > 0.0
+    }
+    sentences = []
+    if found:
+        name = max(found, key=lambda each: found[each].value)
+        given = report.find("liquidation_cost_if_liquidated", account=name)
+        needless = report.find("needless_liquidation_probability", account=name)
+        if given is not None and math.isfinite(given.value):
+            sentence = (
+                f"Fees, slippage and bonuses take {_with_error(given)} of the capital when {name} is liquidated, "
+                f"{_with_error(found[name])} on average over all paths"
+            )
+            if needless is not None and needless.value > 0.0:
+                sentence += (
+                    f"; with probability {_with_error(needless)} it is liquidated although, left alone, it would have "
+                    "ended above its maintenance margin"
+                )
+            sentences.append(f"{sentence}.")
+    borne = {
+        name: number
+        for name in report.accounts("expected_bad_debt")
+        if (number := report.find("expected_bad_debt", account=name)) is not None
+        and number.value * report.capital > 0.5
+    }
+    if borne:
+        parts = [
+            f"{_money(report, number)}{_error(fmt.show(*(x * report.capital for x in number), whole=True))} of {name}"
+            for name, number in borne.items()
+        ]
+        sentences.append(f"Others (insurance funds, lenders) bear on average {fmt.join(parts)}.")
+    return sentences
+
+
+def _margins(report: RunReport) -> list[str]:
+    """What margin each account needs."""
+    sentences = []
+    for row in report.table("liquidation_at_risk").itertuples():
+        odds = fmt.percent(float(row.level))
+        if not math.isfinite(float(row.needed)):
+            sentences.append(f"No margin within reach brings {row.account} to a liquidation probability of {odds}.")
+            continue
+        needed = fmt.show(float(row.needed) * report.capital, float(row.std_error) * report.capital, whole=True)
+        now = _money(report, Number(float(row.now), math.nan))
+        sentences.append(
+            f"To be liquidated with probability {odds} only, {row.account} needs {needed.value} USD{_error(needed)} "
+            f"where it has {now}."
+        )
+    return sentences
+
+
 def _with_error(number: Number) -> str:
     shown = _share(number)
     return f"{shown.value} %{_error(shown)}"
@@ -142,12 +199,19 @@ def _drivers(report: RunReport) -> list[str]:
     if top.empty:
         return []
     level = f" at {fmt.percent(report.attribution_level)}" if report.attribution_level is not None else ""
-    parts = [f"{row.position} ({fmt.number(100.0 * float(row.share), 0)} %)" for row in top.itertuples()]
+    # A position whose name another account has too is told with its account.
+    names = list(table["position"])
+
+    def told(row: Any) -> str:
+        is_unique = names.count(row.position) == 1 and row.position != "everything else"
+        return str(row.position) if is_unique else f"{row.position} of {row.account}"
+
+    parts = [f"{told(row)} ({fmt.number(100.0 * float(row.share), 0)} %)" for row in top.itertuples()]
     verb = "drives" if len(parts) == 1 else "drive"
     sentence = f"{fmt.join(parts)} {verb} most of the tail loss{level}"
     relief = table[table["contribution"] + fmt.Z95 * table["std_error"] < 0.0].tail(1)
     if not relief.empty:
-        sentence += f"; {relief['position'].iloc[0]} relieves it"
+        sentence += f"; {told(next(relief.itertuples()))} relieves it"
     return [sentence + "."]
 
 
@@ -223,9 +287,18 @@ def _replay(report: RunReport) -> list[str]:
     ]
     if report.has("replay_events"):
         events = report.table("replay_events")
+        if "account" in events and (events["account"] != "").any():
+            hits = events[events["account"] != ""]
+            return sentences + [f"{_timed(row)}." for _, row in hits.iterrows()]
         first = events.iloc[0]
         sentences.append(f"{fmt.plural(len(events), 'event')}, first on day {float(first['day']):g}: {first['event']}.")
     return sentences
+
+
+def _timed(event: Any) -> str:
+    # Events of history carry their time already.
+    text = str(event["event"])
+    return text if "time" in event.index else f"Day {float(event['day']):.4g}: {text}"
 
 
 def _regimes(report: RunReport) -> list[str]:
@@ -296,7 +369,13 @@ def terminal_summary(report: RunReport, paths: Mapping[str, Path | str] | None =
     ]
     if liquidation:
         lines.append(("Liquidation", ", ".join(liquidation)))
-    for head, sentences in (("Tail", _drivers(report)), ("Optimum", _optimum(report)), ("Replay", _replay(report))):
+    for head, sentences in (
+        ("Cost", _costs(report)),
+        ("Margin", _margins(report)),
+        ("Tail", _drivers(report)),
+        ("Optimum", _optimum(report)),
+        ("Replay", _replay(report)),
+    ):
         lines += [(head if i == 0 else "", sentence) for i, sentence in enumerate(sentences)]
     if len(lines) == 1:
         lines += [("Market" if i == 0 else "", sentence) for i, sentence in enumerate(_regimes(report))]

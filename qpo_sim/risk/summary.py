@@ -11,6 +11,8 @@ from qpo_sim.risk.moments import ReturnSums
 from qpo_sim.risk.tail import TailSample
 from qpo_sim.types import Estimate
 
+# Shares of the liquidations within the horizon whose days are told.
+TIME_SHARES = (0.1, 0.5, 0.9)
 FRACTION, OF_PEAK, PROBABILITY, RATIO = "fraction of capital", "fraction of peak", "probability", "per year ratio"
 
 
@@ -100,6 +102,53 @@ def measures(run: Run) -> list[Measure]:
                 by_then = Estimate(curve.value[d, j], curve.std_error[d, j])
                 add("liquidation_probability", by_then, PROBABILITY, days, account=account)
             add("expected_time_to_liquidation", _time_to_liquidation(run, j), "days", end, account=account)
+            days = np.asarray(run.plan.dates) * run.plan.step_hours / 24.0
+            for share in TIME_SHARES:
+                when = liquidation.time_quantile(days, curve.value[:, j], share, n)
+                add("time_to_liquidation_quantile", when, "days", end, share, account)
+    return rows
+
+
+def liquidation_measures(partial: Any, book: Any, horizon_days: float) -> list[Measure]:
+    """What liquidations cost and whom, by account, then by venue (measures `venue_...`, `account` is the venue's name).
+
+    `expected_bad_debt` is what others bear, `expected_liquidation_cost` fees, slippage and bonuses, both over all
+    paths; with `_if_liquidated` they are over the paths on which the account, or any of the venue, is liquidated.
+    `needless_liquidation_probability` is that of being liquidated although the account, left alone, would end above its
+    maintenance margin; accounts whose positions change have none.
+
+    Args:
+      partial: sums with those of `Outcome.liquidations`.
+      book: the simulated book.
+      horizon_days: simulated time.
+    """
+    n, rows = float(partial.n_used), []
+
+    def add(name: str, who: str, estimate: Estimate, k: int, unit: str) -> None:
+        rows.append(
+            Measure(name, who, horizon_days, np.nan, float(estimate.value[k]), float(estimate.std_error[k]), unit)
+        )
+
+    def sums(name: str) -> tuple[np.ndarray, np.ndarray]:
+        return partial.total(name), partial.total(f"{name}_square")
+
+    def amounts(names: tuple[str, ...], prefix: str, count: np.ndarray) -> None:
+        for measure, key in (("bad_debt", "bad_debt"), ("liquidation_cost", "cost")):
+            total, square = sums(prefix + key)
+            overall = moments.mean(total, square, n)
+            given = liquidation.given_liquidation(total, square, count)
+            for k, name in enumerate(names):
+                add(f"{prefix}expected_{measure}", name, overall, k, FRACTION)
+                add(f"{prefix}{measure}_if_liquidated", name, given, k, FRACTION)
+
+    amounts(book.account_names, "", partial.total("liquidated"))
+    needless = liquidation.liquidation_probability(*sums("needless"), n)
+    for k, name in enumerate(book.account_names[: book.n_fixed]):
+        add("needless_liquidation_probability", name, needless, k, PROBABILITY)
+    any_of = moments.probability(partial.total("venue_liquidated"), n)
+    for k, name in enumerate(book.venues):
+        add("venue_liquidation_probability", name, any_of, k, PROBABILITY)
+    amounts(book.venues, "venue_", partial.total("venue_liquidated"))
     return rows
 
 
