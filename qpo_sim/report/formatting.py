@@ -63,6 +63,10 @@ class Shown(NamedTuple):
         return f"{self.value}{error}{' ' + self.unit if self.unit else ''}"
 
 
+# Per cent below which a number and its error are nothing.
+_NO_PERCENT = 5e-6
+
+
 def decimals(value: float, half_width: float = math.nan) -> int:
     """Decimal places to show (negative: tens, hundreds, ...).
 
@@ -103,6 +107,8 @@ def show(
         whole: show no decimal places (money).
     """
     value, half = value * scale, Z95 * std_error * scale
+    if unit == "%" and abs(value) < _NO_PERCENT and half < _NO_PERCENT:
+        value, half = 0.0, 0.0
     places = decimals(value, half)
     if whole:
         places = min(places, 0)
