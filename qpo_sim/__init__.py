@@ -24,8 +24,10 @@ _HOMES = {
     "calibrate": "qpo_sim.calibration",
     "compose_market": "qpo_sim.market.compose",
     "gbm": "qpo_sim.market",
+    "liquidation_prices": "qpo_sim.book.liquidation_prices",
     "load_prices": "qpo_sim.data",
     "load_venue": "qpo_sim.venue",
+    "loan_crowd": "qpo_sim.account.lending_crowd",
     "log_returns": "qpo_sim.data",
     "market_paths": "qpo_sim.simulate",
     "market_statistics": "qpo_sim.market.statistics",
@@ -33,6 +35,7 @@ _HOMES = {
     "optimize_weights": "qpo_sim.optimize",
     "regime_student_t": "qpo_sim.market",
     "run": "qpo_sim.compute",
+    "simulate_crowd": "qpo_sim.compute.loan_crowd",
     "simulate_paths": "qpo_sim.simulate",
     "use_cores": "qpo_sim.config.host",
     "value_and_gradient": "qpo_sim.sensitivity",
@@ -49,8 +52,10 @@ __all__ = [
     "calibrate",
     "compose_market",
     "gbm",
+    "liquidation_prices",
     "load_prices",
     "load_venue",
+    "loan_crowd",
     "log_returns",
     "market_paths",
     "market_statistics",
@@ -58,6 +63,7 @@ __all__ = [
     "optimize_weights",
     "regime_student_t",
     "run",
+    "simulate_crowd",
     "simulate_paths",
     "use_cores",
     "value_and_gradient",
@@ -65,9 +71,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from qpo_sim.account.lending_crowd import loan_crowd
     from qpo_sim.book import Book, build_book
+    from qpo_sim.book.liquidation_prices import liquidation_prices
     from qpo_sim.calibration import calibrate
     from qpo_sim.compute import run
+    from qpo_sim.compute.loan_crowd import simulate_crowd
     from qpo_sim.config.host import use_cores
     from qpo_sim.data import load_prices, log_returns
     from qpo_sim.errors import InputError
