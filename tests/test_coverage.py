@@ -79,6 +79,7 @@ def _check_jumps(rows):
     assert row.missed_low > row.missed_high, row
 
 
+@pytest.mark.slow
 def test_intervals_cover_over_400_runs(experiment):
     # The share over 400 runs has a standard deviation of 1.1 %: even exact intervals leave 93..97 % on 6 % of all
     # seeds, so here the band is four standard deviations (false alarm 6e-5 a row); that of 4000 runs holds 93..97 %.

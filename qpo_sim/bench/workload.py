@@ -99,7 +99,7 @@ def book_of(model: dict[str, Any], assets: tuple[str, ...]) -> Book:
 
     account = {
         "name": "account",
-        "venue": TieredMargin(tiers={"default": [[0, model["mm"], 150]]}),
+        "venue": TieredMargin(tiers={"default": [[0, model["mm"], min(150.0, 1.0 / model["mm"])]]}),
         "mode": "cross",
         "margin": 1.0,
         "positions": dict(zip(assets, (model["lev"] * model["w"]).tolist(), strict=True)),

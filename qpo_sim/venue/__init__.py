@@ -40,7 +40,7 @@ def from_config(config: Mapping[str, Any], *, name: str = "venue", today: str | 
     """
     values = dict(config)
     kind = values.pop("kind", None)
-    if kind not in kinds():
+    if not isinstance(kind, str) or kind not in kinds():
         raise InputError(f"venue.{name}.kind is {kind!r}: {did_you_mean(str(kind), kinds())}")
     rule = _rule(kind)
     known = [f.name for f in fields(rule) if f.init and f.name not in ("name", "funding_rate")]
@@ -59,8 +59,11 @@ def from_config(config: Mapping[str, Any], *, name: str = "venue", today: str | 
             raise InputError(f"venue.{name}.{key} is missing: give it a value")
     try:
         return rule(**values, name=name)
-    except TypeError as error:
-        raise InputError(f"venue.{name} has a value of a wrong type ({error}); compare the shipped venues.") from None
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        text = " ".join(str(error).split())
+        raise InputError(f"venue.{name} has a value of a wrong type ({text}); compare the shipped venues.") from None
 
 
 def _check_date(values: Mapping[str, Any], name: str, today: str | None) -> None:

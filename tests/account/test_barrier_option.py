@@ -31,6 +31,7 @@ def _run(description, *, n=N, plan=PLAN, policies=(), dtype=F64):
     return simulate_paths(market, book, n, plan, seed=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("description", KINDS)
 def test_fair_premium_and_conservation(description):
     """Prices without drift: the mean of the terminal equity is 1 at any step; false alarm 6e-5 each."""
@@ -60,6 +61,7 @@ def test_payoffs_at_step_ends_against_the_prices():
         np.testing.assert_allclose(units, units[0], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_in_and_out_together_are_the_option_without_barrier():
     units = {}
     for knock in ("out", "in"):
@@ -103,6 +105,7 @@ def test_kill_switch_closes_it():
     assert np.mean(np.diff(equity, axis=0)[-1] == 0.0) > 0.5
 
 
+@pytest.mark.slow
 def test_single_precision_agrees_with_double():
     narrow, wide = _run(KINDS[3], dtype=jnp.float32), _run(KINDS[3])
     np.testing.assert_allclose(narrow.equity[-1], wide.equity[-1], atol=1e-4)

@@ -72,6 +72,7 @@ def test_a_loan_of_the_crowd_is_the_account_of_one_loan(collateral, debt, gas_us
     assert result.bad_debt.std_error[0] == pytest.approx(result.lost.std(ddof=1) / np.sqrt(N), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_crowd_is_the_sum_of_its_loans_in_any_order_and_chunk():
     collateral, debt = table()
     whole = simulate_crowd(market(), loan_crowd(POOL, collateral, debt, assets=ASSETS, dtype=F64), PLAN, N, seed=3)

@@ -152,6 +152,7 @@ def _random_account(seed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(k, marks=pytest.mark.slow) for k in range(3, 16))])
 def test_bookings_conserve(seed):
     # Every kind of contract, currency and procedure; jumps and all side processes.
@@ -260,6 +261,7 @@ def test_accounts_that_owe_nothing_are_never_liquidated():
     assert not np.any(outcome.is_liquidated)
 
 
+@pytest.mark.slow
 def test_two_halves_of_a_position_are_the_position():
     whole = dict(venue="binance", balance={"USD": 0.1}, positions=[dict(asset="BTC", notional=0.4)])
     halves = {**whole, "positions": [dict(asset="BTC", notional=0.2)] * 2}
@@ -275,6 +277,7 @@ def test_two_halves_of_a_position_are_the_position():
 # ----------------------------------------------------------------------------- options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gbm", "all"])
 def test_put_call_parity_on_every_path(kind):
     # Long call, short put, K of cash at zero rates against the forward; dates before and after the expiry.
@@ -526,6 +529,7 @@ def _mixed():
     return book_of(dict(venue="deribit", balance={"USD": 0.3, "ETH": 0.2}, positions=positions)).holdings[0]
 
 
+@pytest.mark.slow
 def test_greeks_of_the_view_against_finite_differences():
     account = _mixed()
     scene, state = _scene(1.1, 0.9, 0.01), _state(account)

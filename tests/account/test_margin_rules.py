@@ -180,6 +180,7 @@ def test_bought_options_are_no_collateral_under_standard_margin():
         account_of("deribit", {"USD": 0.3}, [bought, dict(asset="BTC", notional=2.6)])
 
 
+@pytest.mark.slow
 def test_rules_are_differentiable_and_keep_single_precision():
     positions = [
         dict(asset="BTC", notional=0.3),

@@ -214,6 +214,7 @@ def test_touch_probability_of_gbm(cases):
         assert_mc(f, row["prob_hit"])
 
 
+@pytest.mark.slow
 def test_touch_probability_by_monitoring(cases):
     case = cases("domain")["perp-15"]
     for k, barrier in enumerate(case["inputs"]["barriers"]):
@@ -232,6 +233,7 @@ def test_touch_probability_by_hourly_monitoring(cases):
         assert_frequency(hourly.sum(), n, case["expected"]["hourly"][k])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param("a", marks=pytest.mark.slow), "b", pytest.param("c", marks=pytest.mark.slow)]
 )

@@ -101,6 +101,7 @@ def test_a_share_that_cannot_help_is_the_whole():
     assert float(tiered_close_share(TIERS, 0.0, -5.0)) == 0.0
 
 
+@pytest.mark.slow
 def test_shares_have_finite_gradients_and_match_differences():
     schedule = TierSchedule(*map(jnp.asarray, TIERS))
 

@@ -137,6 +137,7 @@ def test_amount_in_inverts_amount_out():
     np.testing.assert_allclose(constant_product.amount_in(100.0, 70.0, out, 0.01), d, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_share_is_worth_no_more_than_the_coins_put_in():
     r = np.exp(np.random.default_rng(2).normal(0.0, 2.0, 5000))
     assert np.all(constant_product.impermanent_loss(r) <= 0.0)
@@ -261,6 +262,7 @@ def test_stableswap_drains_into_a_coin_that_loses_its_peg():
         assert value < 0.5 * constant_product.value(0.5, p) * 2.0
 
 
+@pytest.mark.slow
 def test_stableswap_gradients_are_finite_differences():
     x, p, a = np.array([1.9e3, 1e2, 7e2]), np.array([1.0, 0.99, 1.02]), 80.0
     np.testing.assert_allclose(

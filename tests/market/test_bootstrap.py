@@ -419,6 +419,7 @@ def test_fit_holds_for_a_table_with_an_outlier_of_twenty_standard_deviations():
 # ---------------------------------------------------------------- gradients, precision, addresses
 
 
+@pytest.mark.slow
 def test_gradients_are_where_they_are_said_to_be():
     component = bootstrap(data(), block_length=4, smoothing=0.5, regimes=labels(), dtype=F64).shock
     path = np.arange(64, dtype=np.uint32)

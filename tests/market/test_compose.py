@@ -13,7 +13,7 @@ from qpo_sim.market import compose
 from qpo_sim.market.side import implied_volatility
 from qpo_sim.simulate import Plan, market_paths
 
-PRESETS = sorted(path.stem for path in (conf_folder() / "market").glob("*.yaml"))
+PRESETS = sorted(path.stem for path in (conf_folder() / "market").glob("*.yaml") if path.stem != "history")
 ASSETS = ("BTC", "ETH", "ADA")
 PEG = {"kind": "peg", "coins": ["USDC"]}
 

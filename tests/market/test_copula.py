@@ -152,6 +152,7 @@ def test_tail_dependence_coefficient(cases):
         assert copula.tail_dependence_t(dof, rho) == pytest.approx(expected, abs=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dof", "rho"), [(2.5, 0.5), (4.0, 0.0), (4.0, 0.9), (10.0, 0.5)])
 def test_joint_tail_of_the_t_copula(dof, rho):
     """Joint exceedances against the bivariate t law, and their way down to the coefficient of tail dependence."""
@@ -197,6 +198,7 @@ def test_meta_t_portfolio(cases):
         assert_lower_tail_mean(result, 1.0 - float(level), -value)
 
 
+@pytest.mark.slow
 def test_margins_by_kolmogorov_smirnov():
     names = list(MARGINS)
     n = len(names)

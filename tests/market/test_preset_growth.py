@@ -15,7 +15,9 @@ from qpo_sim.simulate import Plan, market_paths
 
 pytestmark = pytest.mark.slow
 
-PRESETS = sorted(path.stem for path in (conf_folder() / "market").glob("*.yaml") if path.stem != "composed")
+PRESETS = sorted(
+    path.stem for path in (conf_folder() / "market").glob("*.yaml") if path.stem not in ("composed", "history")
+)
 N_STEPS, STEPS_PER_YEAR = 20, 365.0
 N_BATCHES, BATCH = 8, 1 << 14
 LARGEST_DEVIATION = 4.5

@@ -46,6 +46,7 @@ def test_the_scheme_has_the_covariances_of_the_driver():
             assert abs(discrete_covariance(hurst, 100, i, j) / exact - 1.0) < (1e-3 if i == j else 5e-3)
 
 
+@pytest.mark.slow
 def test_log_variances_have_the_covariances_of_the_driver(cases):
     case = cases("models")["A34"]
     p, expected = case["inputs"], case["expected"]
@@ -116,6 +117,7 @@ def test_drivers_of_assets_with_different_roughness():
         assert abs(product.mean() - expected) < 4.0 * product.std() / np.sqrt(n_paths) + 1e-3 * expected
 
 
+@pytest.mark.slow
 def test_rough_gradient_is_that_of_the_simulation():
     correlation = [[1.0, 0.7], [0.7, 1.0]]
     model = rough_bergomi(xi=[0.5, 0.3], eta=1.2, hurst=[0.1, 0.3], rho=-0.4, driver_correlation=correlation, dtype=F64)
@@ -123,6 +125,7 @@ def test_rough_gradient_is_that_of_the_simulation():
     assert_gradient(lambda leaves: smooth_value(replace(model, **leaves), n_steps=12), leaves)
 
 
+@pytest.mark.slow
 def test_rough_matrices_of_rows_and_tuples_of_rows_agree():
     options = dict(xi=0.5, eta=1.2, hurst=0.1, rho=-0.4)
     of_few, _ = simulate(rough_bergomi(**options, n_assets=2), 64, 20, 1.0)

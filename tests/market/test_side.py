@@ -800,6 +800,7 @@ def _parts_for_gradients():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.rsplit(".", 1)[1])
 def test_gradients_against_central_differences(module):
     """Every leaf along a random direction; leaves that decide whether something happens have exact zeros."""
@@ -889,6 +890,7 @@ def test_examples_draw_within_their_slots_and_in_one_precision(module, monkeypat
     assert all(x.dtype == F32 and x.shape == (4,) for x in jax.tree.leaves((after, outputs)))
 
 
+@pytest.mark.slow
 def test_one_array_of_assets_gives_what_a_tuple_of_rows_gives(monkeypatch):
     parts = tuple(module.example(2, F64, 2) for module in MODULES)
     few = drive(*parts, n_paths=50, n_steps=3, market=Market(2, masks=(0.4,), jump=-0.01))

@@ -275,6 +275,7 @@ def test_short_steps_keep_the_law_in_single_precision():
     assert_mc(log_price[0] ** 2, (0.5 * 5_000 - 0.1 * 5_000) / 525_600, n_sigma=5.0)
 
 
+@pytest.mark.slow
 def test_law_in_a_market_does_not_depend_on_the_sub_steps():
     """Prices of a composed market: mean one, and the variance of the closed form, however the day is cut."""
     model = svjj(n_assets=2)
@@ -316,6 +317,7 @@ def test_long_run_variance():
 # ----------------------------------------------------------------------------- Heston: gradients
 
 
+@pytest.mark.slow
 def test_euler_gradient_is_that_of_the_simulation():
     jumps = dict(jump_intensity=1.5, jump_mean=-0.1, jump_std=0.1, variance_jump_mean=0.3, jump_leverage=0.5)
     model = heston(**PAIR, cross_leverage=CROSS, **jumps, scheme="euler", dtype=F64)
@@ -358,6 +360,7 @@ def test_euler_gradient_estimates_that_of_the_price():
         assert abs(got.mean() - exact) < 4.0 * error + 0.03 * abs(exact), (name, got.mean(), exact, error)
 
 
+@pytest.mark.slow
 def test_quadratic_exponential_has_a_finite_gradient_that_misses_the_switch():
     """Each path is differentiable except where psi passes the switch; a difference quotient sees what happens there."""
     model = wild(dtype=F64)

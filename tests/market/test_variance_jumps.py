@@ -63,6 +63,7 @@ def test_gamma_quantile_against_scipy():
         assert np.max(np.abs(made - np.exp(-x.astype(F32).astype(np.float64)))) < allowed, n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_assets", [3, 33])
 def test_moments_of_the_jumps_of_a_step(n_assets):
     # 5 standard errors on the means of four quantities per asset: a false alarm in 10^4 runs at 33 assets.

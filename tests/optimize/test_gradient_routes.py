@@ -121,6 +121,7 @@ def spot_problem(market, n_devices=1):
     return ThroughSimulator("cvar", 0.9, 0.5, 0.0, plan, device_mesh(n_devices)), problem
 
 
+@pytest.mark.slow
 def test_gradient_on_the_matrix_against_central_differences(market):
     score, problem = spot_problem(market)
     problem = problem._replace(prices=portfolio.spot_prices(problem, score))
@@ -184,6 +185,7 @@ def gradients():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["step", "two-level"])
 def test_memory_plans_agree(gradients, remat):
     for a, b in zip(jax.tree.leaves(gradients[remat]), jax.tree.leaves(gradients["store"]), strict=True):

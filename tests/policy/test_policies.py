@@ -84,6 +84,7 @@ def test_sum_of_accounts_and_components_is_the_change_of_equity(name):
     assert np.all(trading <= 1e-15) and (name in ("top_up", "ladder") or trading.min() < 0.0)
 
 
+@pytest.mark.slow
 def test_policies_that_never_act_change_nothing():
     idle = [
         dict(kind="rebalance", weights={"A": 0.5}, rule="band", half_width=2.0),

@@ -124,6 +124,7 @@ def test_accounts_over_time_and_files(report, tmp_path):
         assert paths[name].is_file(), name
 
 
+@pytest.mark.slow
 def test_causes_that_never_happened_have_no_line():
     base = make_report()
     never = pd.DataFrame({"account": ["income"], "mean": [0.0], "std_error": [0.0], "tail_mean": [0.0]})
@@ -132,6 +133,7 @@ def test_causes_that_never_happened_have_no_line():
     assert rows(with_none) == rows(base) and "Total" in rows(base)
 
 
+@pytest.mark.slow
 def test_one_point_is_no_convergence():
     base = make_report()
     one = base.convergence[base.convergence["n_paths"] == base.convergence["n_paths"].max()]

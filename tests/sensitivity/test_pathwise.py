@@ -49,6 +49,7 @@ def everything(conditional):
     return jnp.sum(weight * equity**2) / PATHS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("monitoring", ["bridge", "step"])
 @pytest.mark.parametrize("measure", [tail, everything], ids=lambda f: f.__name__)
 def test_equals_the_gradient_through_all_paths(market, book, measure, monitoring):

@@ -248,6 +248,7 @@ def test_single_precision_under_jit():
     np.testing.assert_allclose(single, path_profit(scan, price.astype(np.float64), -1.0), atol=3e-6)
 
 
+@pytest.mark.slow
 def test_worst_scenario_and_its_gradient():
     """The worst of the scan, its derivative by finite differences and through the whole scan."""
     scan, price = EXTENDED.scan("BTC"), np.linspace(0.6, 1.8, 13)
