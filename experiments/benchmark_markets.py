@@ -16,7 +16,8 @@ def presets_of(names: list[str] | None) -> list[str]:
     """The presets asked for, all when none are; the diffusion always first."""
     from qpo_sim.config import conf_folder
 
-    found = sorted(path.stem for path in (conf_folder() / "market").glob("*.yaml") if path.stem not in ("composed", "history"))
+    files = (conf_folder() / "market").glob("*.yaml")
+    found = sorted(path.stem for path in files if path.stem not in ("composed", "history"))
     chosen = found if names is None else names
     return ["gbm", *(name for name in chosen if name != "gbm")]
 

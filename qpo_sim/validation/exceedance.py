@@ -318,7 +318,8 @@ def weibull_duration(is_exceedance: Bool[Array, " days"], *, level: float) -> Du
         return n * (np.log(n) - log_sum + log_shape - 1.0) + (shape - 1.0) * sum_log
 
     bounds = np.log([0.05, 20.0])
-    best = optimize.minimize_scalar(lambda x: -profile(x), bounds=bounds, method="bounded", options={"xatol": 1e-8})
+    search = {"bounds": bounds, "method": "bounded", "options": {"xatol": 1e-8}}
+    best: Any = optimize.minimize_scalar(lambda x: -profile(x), **search)
     shape = float(np.exp(best.x))
     rate = float(np.exp((np.log(n) - np.logaddexp.reduce(shape * log_days)) / shape))
     top, p = max(-float(best.fun), profile(0.0)), 1.0 - level

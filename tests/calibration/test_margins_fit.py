@@ -11,7 +11,6 @@ from qpo_sim.calibration.margins import FAMILIES, fit_margin, fit_tail, threshol
 from qpo_sim.errors import InputError
 from qpo_sim.market.marginal import HansenSkewT
 
-
 # Each fit is a program of its own, seconds to compile.
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,6 @@ from qpo_sim.calibration import volatility
 from qpo_sim.calibration.volatility import ewma, fit_volatility
 from qpo_sim.errors import InputError
 
-
 # Each fit is a program of its own, seconds to compile.
 pytestmark = pytest.mark.slow
 
