@@ -422,7 +422,7 @@ def test_touch_probability_of_a_jump_diffusion(mean, sd):
 def test_daily_monitoring_misses_liquidations():
     """Share of the 30-day liquidation probability that looking once a day misses (volatility 90 %, no drift).
 
-    margin 10 %: 9 %; 20 %: 11 %; 30 %: 15 %.
+    8.7 % of it at a margin of 10 %, 11.3 % at 20 %, 14.4 % at 30 %: closed form against convolution.
     """
     missed = []
     for balance in (0.1, 0.2, 0.3):
@@ -433,8 +433,7 @@ def test_daily_monitoring_misses_liquidations():
         plan = Plan(30, monitoring="step", attribution=False)
         hits = np.asarray(simulate_paths(market, book, 1 << 14, plan, seed=13).is_liquidated[0], float)
         assert_mc(hits, daily, 4.5)
-    print(missed)
-    assert np.all(np.diff(missed) > 0.0) and 0.05 < missed[0] and missed[-1] < 0.2, missed
+    np.testing.assert_allclose(missed, [0.087, 0.113, 0.144], atol=5e-4)
 
 
 # ----------------------------------------------------------------------------- one step by hand
