@@ -151,7 +151,8 @@ def test_lend_05_leftover_rule(cases):
 @settings(max_examples=200, deadline=None)
 @given(*[st.floats(100.0, 20_000.0)] * 2, st.floats(0.1, 1.0), st.floats(0.0, 0.15))
 def test_largest_call_is_allowed_and_none_larger_is(collateral, debt, share, bonus):
-    repay = share * debt
+    # A repayment that leaves a rounding of the debt is no case of the rule.
+    repay = debt if share > 1.0 - 1e-9 else share * debt
     call = health_factor.liquidate_pair(collateral, debt, repay, bonus=bonus, min_leftover=1000.0)
     repaid = float(call.repaid)
 
