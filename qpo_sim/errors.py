@@ -1,6 +1,7 @@
 """The one exception that bad user input raises, and the hints and checks that several borders share."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -65,3 +66,18 @@ def call(builder: Callable[..., Any], options: Mapping[str, Any], place: str, kn
         raise InputError(f"{place}: {error}") from None
     except TypeError as error:
         raise InputError(f"{place}: {error}.") from None
+
+
+def finite(value: Any, place: str) -> float:
+    """A finite number.
+
+    Raises:
+      InputError: anything else.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{place} is {value!r}; it must be a number.") from None
+    if not math.isfinite(number):
+        raise InputError(f"{place} is {value}; it must be finite.")
+    return number

@@ -26,6 +26,7 @@ from qpo_sim.data.tables import price_table, read_table
 from qpo_sim.errors import InputError, did_you_mean
 from qpo_sim.market import Market, compose, presets
 from qpo_sim.market.line import MarketRecord
+from qpo_sim.market.statistics import market_statistics
 from qpo_sim.report import RunReport, terminal_summary, write_csv, write_json, write_report
 from qpo_sim.risk import liquidation, moments, summary
 from qpo_sim.risk.limits import BREACHED, judge
@@ -255,7 +256,7 @@ def build_market(config: Config, prices: pd.DataFrame, returns: pd.DataFrame) ->
     market = config.market
     hours = data.step_hours(prices)
     if isinstance(market, GbmMarket):
-        statistics = compose.market_statistics(returns, step_hours=hours)
+        statistics = market_statistics(returns, step_hours=hours)
         return None, presets.gbm(
             statistics.assets,
             list(statistics.value("volatility_per_year", "gbm")),
@@ -267,7 +268,7 @@ def build_market(config: Config, prices: pd.DataFrame, returns: pd.DataFrame) ->
     if isinstance(market, ComposedMarket):
         fit = _fit_of(config, returns, hours) if compose.needs_fit(market.regimes, market.shock) else None
         labels = None if fit is None else np.argmax(fit.smoothed, axis=1)
-        statistics = compose.market_statistics(returns, step_hours=hours, labels=labels)
+        statistics = market_statistics(returns, step_hours=hours, labels=labels)
         parts = {f.name: getattr(market, f.name) for f in fields(market) if f.name not in ("kind", "name", "drift")}
         return fit, compose.compose_market(statistics, fit=fit, **parts, **choice)
     assert isinstance(market, RegimeStudentTMarket)
@@ -911,7 +912,7 @@ def _fit_tables(session: Session) -> dict[str, Any]:
     fit, assets = session.fit, list(session.market.assets)
     if fit is None:
         # The correlation in the data: a composed market need not have a matrix of its own.
-        correlation = compose.market_statistics(session.returns, step_hours=session.market.step_hours).correlation
+        correlation = market_statistics(session.returns, step_hours=session.market.step_hours).correlation
         return {"correlation": {"all days": pd.DataFrame(correlation, assets, assets)}}
     labels = _labels(fit.transition.shape[0])
     correlation = fit.correlation()

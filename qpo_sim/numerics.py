@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from qpo_sim.types import Array
+from qpo_sim.types import Array, Context
 
 # Up to this many assets a matrix-vector product per path is unrolled into rows of fused multiply-adds, which XLA:CPU
 # vectorises over paths; beyond it one matrix product is both faster and much cheaper to compile.
@@ -69,6 +69,13 @@ def lookup(table: np.ndarray, index: Array) -> Array:
     """Entry of a one-dimensional table that is known when the program is made."""
     kernel = _kernel.get()
     return jnp.asarray(table)[index] if kernel is None else kernel.lookup(table, index)
+
+
+def stamps(context: Context, every_hours: float, t: Array) -> Array:
+    """Number of multiples of a time, counted from the start, that lie in (start, end] of step t; the start is none."""
+    ends = np.arange(context.n_steps + 1) * context.step_hours / every_hours
+    counts = np.diff(np.floor(ends + 1e-9))
+    return lookup(counts.astype(context.market.drift.dtype), t)
 
 
 def buffer(shape: tuple[int, ...], row: Array) -> Any:

@@ -1,7 +1,7 @@
 """Names that every other module shares: array aliases and the Monte Carlo estimate."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
@@ -108,6 +108,31 @@ class OptionTerms:
     volatility: Array
     is_call: bool
     is_coin_settled: bool
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The positions of one account as a margin rule is bound to them; one entry each.
+
+    Attributes:
+      assets: name of the underlying.
+      kinds: class of the contract (see `instrument.contract`).
+      quantity: units at the start, negative for a short.
+      entry: entry price over the starting price.
+      expiry: years to the expiry, None without one.
+      strike: of an option, over the starting price, else None.
+    """
+
+    assets: tuple[str, ...]
+    kinds: tuple[str, ...]
+    quantity: tuple[float, ...]
+    entry: tuple[float, ...]
+    expiry: tuple[float | None, ...]
+    strike: tuple[float | None, ...]
+
+    def only(self, kept: Sequence[int]) -> "Positions":
+        """Some of the positions."""
+        return Positions(*(tuple(getattr(self, f.name)[i] for i in kept) for f in fields(self)))
 
 
 class Requirements(NamedTuple):

@@ -10,9 +10,6 @@ from typing import Any
 
 from qpo_sim.errors import InputError, call, did_you_mean
 
-# Arguments that the book knows; a description cannot give them.
-KNOWN = ("assets", "capital", "prices", "venue_of", "dtype")
-
 
 def kinds() -> tuple[str, ...]:
     """Kinds of accounts: the modules of this folder that have a builder of their own name."""

@@ -17,15 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from qpo_sim.account.positions import finite
 from qpo_sim.account.protocol import Moment, Status, booking
-from qpo_sim.errors import InputError, did_you_mean
+from qpo_sim.errors import InputError, did_you_mean, finite
 from qpo_sim.instrument import barrier as barriers
 from qpo_sim.instrument.contract import Option
 from qpo_sim.instrument.first_passage import Distance, Options, step_moments
 from qpo_sim.instrument.scene import Scene
 from qpo_sim.market import model as market_model
-from qpo_sim.numerics import materialised, rounded, rows_like
+from qpo_sim.numerics import materialised, rounded
 from qpo_sim.policy.orders import AccountView, Order
 from qpo_sim.types import DAYS_PER_YEAR, Array, Context
 
@@ -146,10 +145,7 @@ class BarrierOption:
         price = scene.prices[asset]
 
         def worth(move):
-            moved = list(scene.prices)
-            moved[asset] = price * (1.0 + move)
-            moved_scene = scene._replace(prices=rows_like(scene.prices, moved))
-            return state.units * self.mark(moved_scene, state.is_untouched)
+            return state.units * self.mark(scene.at_prices((asset,), (price * (1.0 + move),)), state.is_untouched)
 
         _, delta = jax.jvp(worth, (jnp.zeros_like(price),), (jnp.ones_like(price),))
         equity = state.status.equity

@@ -14,6 +14,7 @@ from qpo_sim.errors import InputError, did_you_mean
 from qpo_sim.instrument.contract import USD
 from qpo_sim.instrument.scene import Scene
 from qpo_sim.market.side.peg import Peg
+from qpo_sim.market.side.view import named
 from qpo_sim.types import Array, Context
 
 STABLECOINS = ("USD", "USDT", "USDC", "DAI", "USDS", "USDe", "FDUSD", "PYUSD", "GHO", "LUSD", "crvUSD", "FRAX")
@@ -42,7 +43,7 @@ class Coin:
         for bound in context.market.side:
             component = bound.component
             if isinstance(component, Peg) and self.name in component.coins:
-                output = "peg" if component.name == "peg" else f"{component.name}_peg"
+                (output,) = named(component, {"peg": ()})
                 return price * scene.side[output][component.coins.index(self.name)]
         return price
 

@@ -19,14 +19,14 @@ import numpy as np
 from jaxtyping import Float
 
 from qpo_sim.account import refine
-from qpo_sim.account.positions import CASH_NAMES, finite
+from qpo_sim.account.positions import CASH_NAMES
 from qpo_sim.account.protocol import Moment, Status, booking, oracle_feeds
-from qpo_sim.errors import InputError, did_you_mean
+from qpo_sim.errors import InputError, did_you_mean, finite
 from qpo_sim.execution import gas
 from qpo_sim.instrument.contract import USD
 from qpo_sim.instrument.first_passage import Distance, Options, crossing_and_prices
 from qpo_sim.instrument.scene import Scene
-from qpo_sim.numerics import materialised, rounded, rows_like
+from qpo_sim.numerics import materialised, rounded
 from qpo_sim.policy.orders import AccountView, Order
 from qpo_sim.types import HOURS_PER_YEAR, Array, Context
 
@@ -146,7 +146,7 @@ class LendingAccount:
 
         def of_log_prices(moves):
             moved = [price * jnp.exp(move) for price, move in zip(own, moves, strict=True)]
-            return self.distance(state, _at(scene, self.assets, moved))
+            return self.distance(state, scene.at_prices(self.assets, moved))
 
         x, pull = jax.vjp(of_log_prices, tuple(jnp.zeros_like(price) for price in own))
         return Distance(x, pull(jnp.ones_like(x))[0])
@@ -180,7 +180,7 @@ class LendingAccount:
         crossing, hit = self._crossing(context, state, owed, moment, uniform, options, feeds)
 
         def after(account: LendingAccount, state: State, moment: Moment, crossing, hit, uniform):
-            scene = _at(moment.after, account.assets, hit)
+            scene = moment.after.at_prices(account.assets, hit)
             is_hit = (uniform < crossing).astype(uniform.dtype)
             seen = scene.at_trigger(account.trigger, feeds)
             called = account._liquidated(state, scene, seen, is_hit)
@@ -188,7 +188,7 @@ class LendingAccount:
                 jnp.where(called.acted > 0.0, price, moment.after.prices[i])
                 for i, price in zip(account.assets, hit, strict=True)
             ]
-            turn = _at(moment.after, account.assets, turn)
+            turn = moment.after.at_prices(account.assets, turn)
             before = state.status
             status = called.state.status._replace(
                 hit_probability=before.hit_probability + (1.0 - before.liquidated) * crossing * called.pays,
@@ -260,7 +260,7 @@ class LendingAccount:
 
             def within(account: LendingAccount, owed: State, moment: Moment, uniform: Array):
                 def distance(prices: tuple[Array, ...], share: Array) -> Distance:
-                    return account.distance_with_elasticity(owed, _at(moment.after, account.assets, prices))
+                    return account.distance_with_elasticity(owed, moment.after.at_prices(account.assets, prices))
 
                 return refine.crossing(
                     context,
@@ -361,7 +361,7 @@ class LendingAccount:
 
         def equity(moves):
             moved = [price * (1.0 + move) for price, move in zip(own, moves, strict=True)]
-            return jnp.maximum(self.net(state, _at(scene, self.assets, moved)), 0.0) + state.cash
+            return jnp.maximum(self.net(state, scene.at_prices(self.assets, moved)), 0.0) + state.cash
 
         value, pull = jax.vjp(equity, tuple(jnp.zeros_like(price) for price in own))
         debt, x = sum(self.values(state, scene)[1]), self.distance(state, scene)
@@ -408,13 +408,6 @@ class LendingAccount:
 def _prices(assets: tuple[int, ...], scene: Scene) -> tuple[Array, ...]:
     one = jnp.ones_like(scene.prices[0])
     return tuple(one if i == USD else scene.prices[i] for i in assets)
-
-
-def _at(scene: Scene, assets: tuple[int, ...], prices: Sequence[Array]) -> Scene:
-    rows = list(scene.prices)
-    for i, price in zip(assets, prices, strict=True):
-        rows[i] = price
-    return scene._replace(prices=rows_like(scene.prices, rows))
 
 
 def _share(part: Array, whole: Array) -> Array:

@@ -39,9 +39,9 @@ from qpo_sim.instrument.contract import (
 )
 from qpo_sim.instrument.first_passage import Distance, Options, crossing_and_prices
 from qpo_sim.instrument.scene import TRIGGERS, Scene
-from qpo_sim.numerics import lookup, materialised, rounded, rows_like, safe_log
+from qpo_sim.numerics import materialised, rounded, safe_log, stamps
 from qpo_sim.policy.orders import AccountView, Order
-from qpo_sim.types import Array, Context, Held, Requirements
+from qpo_sim.types import Array, Context, Held, Positions, Requirements
 from qpo_sim.venue.tiered_margin import LiquidationProcess
 
 _TINY = 1e-12
@@ -208,10 +208,8 @@ class MarginAccount:
         own = tuple(scene.prices[i] for i in self.assets)
 
         def of_log_prices(moves):
-            moved = list(scene.prices)
-            for i, price, move in zip(self.assets, own, moves, strict=True):
-                moved[i] = price * jnp.exp(move)
-            return self.distance(state, scene._replace(prices=rows_like(scene.prices, moved)))
+            moved = [price * jnp.exp(move) for price, move in zip(own, moves, strict=True)]
+            return self.distance(state, scene.at_prices(self.assets, moved))
 
         zero = tuple(jnp.zeros_like(price) for price in own)
         x, pull = jax.vjp(of_log_prices, zero)
@@ -251,10 +249,9 @@ class MarginAccount:
 
         def after(account: MarginAccount, state: State, moment: Moment, crossing, hit, uniform):
             is_hit = state.is_open * (uniform < crossing).astype(uniform.dtype)
-            prices = list(moment.after.prices)
-            for i, price in zip(account.assets, hit, strict=True):
-                prices[i] = jnp.where(is_hit > 0.0, price, prices[i])
-            turn = moment.after._replace(prices=rows_like(moment.after.prices, prices))
+            now = moment.after.prices
+            at_hit = [jnp.where(is_hit > 0.0, price, now[i]) for i, price in zip(account.assets, hit, strict=True)]
+            turn = moment.after.at_prices(account.assets, at_hit)
             status = state.status
             status = status._replace(
                 # The compensator of the first liquidation: later ones of what a partial one left do not count.
@@ -303,11 +300,8 @@ class MarginAccount:
 
             def within(account: MarginAccount, before: State, funded: State, moment: Moment, uniform: Array):
                 def distance(prices: tuple[Array, ...], share: Array) -> Distance:
-                    rows = list(moment.after.prices)
-                    for i, price in zip(account.assets, prices, strict=True):
-                        rows[i] = price
                     time = moment.before.years + share * (moment.after.years - moment.before.years)
-                    scene = Scene(rows_like(moment.after.prices, rows), time, _between(moment, share))
+                    scene = Scene(moment.after.prices, time, _between(moment, share)).at_prices(account.assets, prices)
                     paid = (a + share * (b - a) for a, b in zip(before.balance, funded.balance, strict=True))
                     state = funded._replace(balance=tuple(paid))
                     return account.distance_with_elasticity(state, scene.at_trigger(account.trigger, feeds))
@@ -347,12 +341,12 @@ class MarginAccount:
         # coin are those of what it then holds.
         total = jnp.zeros_like(moment.after.prices[0])
         accrued = moment.after.side.get("funding_accrued") if self.follows_funding else None
-        stamps = _stamps(context, self.funding_hours, t)
+        due = stamps(context, self.funding_hours, t)
         begin, end = self.prices_of(moment.before), self.prices_of(moment.after)
         for k, contract in enumerate(self.contracts):
             if not isinstance(contract, LinearPerpetual | InversePerpetual | QuantoPerpetual):
                 continue
-            rate = self.funding_rate[k] * stamps if accrued is None else accrued[contract.asset]
+            rate = self.funding_rate[k] * due if accrued is None else accrued[contract.asset]
             c = self.currencies.index(contract.settlement)
             paid = state.quantity[k] * contract.notional(moment.after) * rate * (begin[c] / end[c])
             state = self._pay(state, contract.settlement, paid, moment.before)
@@ -492,10 +486,8 @@ class MarginAccount:
         own = tuple(scene.prices[i] for i in self.assets)
 
         def equity(moves):
-            moved = list(scene.prices)
-            for i, price, move in zip(self.assets, own, moves, strict=True):
-                moved[i] = price * (1.0 + move)
-            return self.equity(state, scene._replace(prices=rows_like(scene.prices, moved)))
+            moved = [price * (1.0 + move) for price, move in zip(own, moves, strict=True)]
+            return self.equity(state, scene.at_prices(self.assets, moved))
 
         value, pull = jax.vjp(equity, tuple(jnp.zeros_like(price) for price in own))
         return AccountView(
@@ -553,13 +545,6 @@ def _total(shares: Sequence[Array], rows: Sequence[Array]) -> Array:
 def _between(moment: Moment, share: Array) -> dict[str, Any]:
     # Side processes within a step: on the way from one end to the other.
     return jax.tree.map(lambda a, b: a + share * (b - a), moment.before.side, moment.after.side)
-
-
-def _stamps(context: Context, interval_hours: float, t: Array) -> Array:
-    # Funding stamps in (start, end] of the step; the run starts right after one.
-    ends = np.arange(context.n_steps + 1) * context.step_hours / interval_hours
-    stamps = np.diff(np.floor(ends + 1e-9))
-    return lookup(stamps.astype(context.market.drift.dtype), t)
 
 
 # ----------------------------------------------------------------------------- building
@@ -646,17 +631,15 @@ def margin(
     for (contract, units, cost), k in zip(made, (currencies.index(c.settlement) for c in contracts), strict=True):
         net[k] -= units * cost if not isinstance(contract, Option) else 0.0
     weights = [1.0 if c == USD else rule_weight(rule, assets[c]) for c in currencies]
-    bound = rule.bind(
-        assets=underlyings,
-        kinds=[type(contract).__name__ for contract in contracts],
-        quantity=quantity,
-        capital=capital,
-        prices=prices,
-        dtype=dtype,
-        entry=[_entry(contract, cost) for contract, _, cost in made],
-        expiry=[None if c.expiry_years is None else float(c.expiry_years) for c, _, _ in made],
-        strike=[float(c.strike) if isinstance(c, Option) else None for c, _, _ in made],
+    described = Positions(
+        assets=tuple(underlyings),
+        kinds=tuple(type(contract).__name__ for contract in contracts),
+        quantity=tuple(map(float, quantity)),
+        entry=tuple(_entry(contract, cost) for contract, _, cost in made),
+        expiry=tuple(None if c.expiry_years is None else float(c.expiry_years) for c, _, _ in made),
+        strike=tuple(float(c.strike) if isinstance(c, Option) else None for c, _, _ in made),
     )
+    bound = rule.bind(described, capital=capital, prices=prices, dtype=dtype)
     if process.process == "partial" and process.partial == "tiers" and not getattr(rule, "is_by_size", False):
         raise InputError(
             f"venue {getattr(rule, 'name', venue)}: liquidation.partial is `tiers`, which needs tiers by size of the "

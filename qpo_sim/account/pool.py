@@ -23,9 +23,8 @@ import numpy as np
 from jaxtyping import Float
 
 from qpo_sim.account.coin import Coin, coin_of, gas_price
-from qpo_sim.account.positions import finite
 from qpo_sim.account.protocol import Moment, Status, booking
-from qpo_sim.errors import InputError, did_you_mean
+from qpo_sim.errors import InputError, did_you_mean, finite
 from qpo_sim.instrument.contract import USD
 from qpo_sim.instrument.first_passage import Distance, Options, step_moments
 from qpo_sim.instrument.pool import concentrated, fees, loss_versus_rebalancing, stableswap, weighted

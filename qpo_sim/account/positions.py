@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qpo_sim.errors import InputError, did_you_mean
+from qpo_sim.errors import InputError, did_you_mean, finite
 from qpo_sim.instrument.contract import (
     USD,
     Contract,
@@ -18,7 +18,6 @@ from qpo_sim.instrument.contract import (
     QuantoPerpetual,
 )
 from qpo_sim.instrument.scene import Scene
-from qpo_sim.numerics import rows_like
 from qpo_sim.types import DAYS_PER_YEAR, Array, Held, OptionTerms
 
 CASH_NAMES = ("USD", "USDT", "USDC")
@@ -155,21 +154,6 @@ def _option(
     )
 
 
-def finite(value: Any, place: str) -> float:
-    """A finite number.
-
-    Raises:
-      InputError: anything else.
-    """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{place} is {value!r}; it must be a number.") from None
-    if not np.isfinite(number):
-        raise InputError(f"{place} is {value}; it must be finite.")
-    return number
-
-
 def start_mark(contract: Contract) -> float:
     """Value of one unit at the start; 0 for an option, whose premium is then in no balance yet."""
     if isinstance(contract, Option):
@@ -238,9 +222,7 @@ def unit_delta(contract: Contract, scene: Scene) -> Array:
     price = scene.prices[contract.asset]
 
     def mark(move):
-        moved = list(scene.prices)
-        moved[contract.asset] = price * (1.0 + move)
-        return contract.mark(scene._replace(prices=rows_like(scene.prices, moved)))
+        return contract.mark(scene.at_prices((contract.asset,), (price * (1.0 + move),)))
 
     value, delta = jax.jvp(mark, (jnp.zeros_like(price),), (jnp.ones_like(price),))
     return delta - value if contract.is_coin_settled else delta

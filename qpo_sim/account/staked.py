@@ -18,9 +18,8 @@ import numpy as np
 from jaxtyping import Float
 
 from qpo_sim.account.coin import Coin, gas_price
-from qpo_sim.account.positions import finite
 from qpo_sim.account.protocol import Moment, Status, booking
-from qpo_sim.errors import InputError, did_you_mean
+from qpo_sim.errors import InputError, did_you_mean, finite
 from qpo_sim.instrument.first_passage import Options
 from qpo_sim.instrument.scene import Scene
 from qpo_sim.numerics import materialised, rounded

@@ -10,9 +10,10 @@ from qpo_sim import account as account_kinds
 from qpo_sim import policy as policy_kinds
 from qpo_sim import venue as venues
 from qpo_sim.account.lending import LendingAccount
+from qpo_sim.account.positions import CASH_NAMES
 from qpo_sim.book.desk import TradingCosts
 from qpo_sim.book.ledger import Book
-from qpo_sim.errors import InputError, did_you_mean
+from qpo_sim.errors import InputError, did_you_mean, finite
 from qpo_sim.instrument.contract import Option
 from qpo_sim.instrument.loan import Loan, LoanShape
 from qpo_sim.instrument.perpetual import Perpetual, PerpetualShape
@@ -22,7 +23,7 @@ from qpo_sim.venue.health_factor import HealthFactor
 from qpo_sim.venue.tiered_margin import TieredMargin, TierSchedule, maintenance_margin
 
 MODES = ("cross", "isolated")
-CASH_NAMES = ("USD", "USDT", "USDC", "cash")
+_CASH_NAMES = (*CASH_NAMES, "cash")
 
 # Tiers that start beyond this multiple of a position's starting notional are not carried along the paths: a price would
 # have to rise as much for them to matter.
@@ -70,7 +71,7 @@ def build_book(
     assets = tuple(assets)
     if not capital > 0.0:
         raise InputError(f"book.capital is {capital}, it must be positive.")
-    holdings = {asset: _number(value, f"book.spot.{asset}") for asset, value in (spot or {}).items()}
+    holdings = {asset: finite(value, f"book.spot.{asset}") for asset, value in (spot or {}).items()}
     for asset, value in holdings.items():
         _index(asset, assets, f"book.spot.{asset}")
         if value < 0.0:
@@ -161,7 +162,7 @@ def _policies(policies, accounts, spot, assets, capital, dtype) -> tuple[Any, ..
 def _trading_costs(costs: Mapping[str, float], capital: float, dtype: Any) -> TradingCosts:
     place = "book.trading_costs"
     _known(costs, ("fee", "slippage", "gas_usd"), place)
-    values = {key: _number(costs.get(key, 0.0), f"{place}.{key}") for key in ("fee", "slippage", "gas_usd")}
+    values = {key: finite(costs.get(key, 0.0), f"{place}.{key}") for key in ("fee", "slippage", "gas_usd")}
     for key, value in values.items():
         if value < 0.0:
             raise InputError(f"{place}.{key} is {value}; it must not be negative.")
@@ -176,14 +177,14 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
     mode = account.get("mode", "cross")
     if mode not in MODES:
         raise InputError(f"{place}.mode is {mode!r}; it must be one of {', '.join(MODES)}.")
-    positions = {a: _number(v, f"{place}.positions.{a}") for a, v in (account.get("positions") or {}).items()}
+    positions = {a: finite(v, f"{place}.positions.{a}") for a, v in (account.get("positions") or {}).items()}
     if not positions:
         raise InputError(f"{place}.positions is empty; give at least one asset with its signed notional.")
     if mode == "isolated" and len(positions) > 1:
         raise InputError(
             f"{place} is isolated and has {len(positions)} positions; an isolated account holds exactly one."
         )
-    margin = _number(account.get("margin"), f"{place}.margin")
+    margin = finite(account.get("margin"), f"{place}.margin")
     if not margin > 0.0:
         raise InputError(f"{place}.margin is {margin}, it must be positive.")
     index = tuple(_index(a, assets, f"{place}.positions.{a}") for a in positions)
@@ -194,7 +195,7 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
             raise InputError(f"{place}.entry names {asset}, which is not among its positions {', '.join(positions)}.")
         if asset not in prices:
             raise InputError(f"{place}.entry.{asset} needs the starting price of {asset}, which is not known here.")
-        paid = _number(price, f"{place}.entry.{asset}")
+        paid = finite(price, f"{place}.entry.{asset}")
         if not paid > 0.0:
             raise InputError(f"{place}.entry.{asset} is {paid}, it must be a positive price in USD.")
         entry[list(positions).index(asset)] = paid / float(prices[asset])
@@ -255,16 +256,16 @@ def _perpetual(account, assets, capital, prices, venue, place, dtype) -> tuple[P
 def _loan(loan, assets, capital, venue, place, dtype) -> tuple[Loan, LoanShape, float]:
     _known(loan, ("name", "venue", "collateral", "debt"), place)
     rule = _rule(loan.get("venue", "aave_v3"), venue, HealthFactor, place)
-    collateral = {a: _number(v, f"{place}.collateral.{a}") for a, v in (loan.get("collateral") or {}).items()}
-    debt = {a: _number(v, f"{place}.debt.{a}") for a, v in (loan.get("debt") or {}).items()}
+    collateral = {a: finite(v, f"{place}.collateral.{a}") for a, v in (loan.get("collateral") or {}).items()}
+    debt = {a: finite(v, f"{place}.debt.{a}") for a, v in (loan.get("debt") or {}).items()}
     for key, values in (("collateral", collateral), ("debt", debt)):
         if not values:
             raise InputError(f"{place}.{key} is empty; a loan needs collateral and debt.")
         for asset, value in values.items():
             if not value > 0.0:
                 raise InputError(f"{place}.{key}.{asset} is {value}, it must be positive.")
-    cash_debt = sum(v for a, v in debt.items() if a in CASH_NAMES and a not in assets)
-    asset_debt = {a: v for a, v in debt.items() if not (a in CASH_NAMES and a not in assets)}
+    cash_debt = sum(v for a, v in debt.items() if a in _CASH_NAMES and a not in assets)
+    asset_debt = {a: v for a, v in debt.items() if not (a in _CASH_NAMES and a not in assets)}
     collateral_index = tuple(_index(a, assets, f"{place}.collateral.{a}") for a in collateral)
     debt_index = tuple(_index(a, assets, f"{place}.debt.{a}") for a in asset_debt)
     threshold = np.array([rule.value("liquidation_threshold", a) for a in collateral])
@@ -327,13 +328,3 @@ def _index(asset: str, assets: Sequence[str], place: str) -> int:
     if asset not in assets:
         raise InputError(f"{place}: there is no asset {asset!r} in the market: {did_you_mean(str(asset), assets)}.")
     return list(assets).index(asset)
-
-
-def _number(value: Any, place: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{place} is {value!r}, it must be a number.") from None
-    if not np.isfinite(number):
-        raise InputError(f"{place} is {value}, it must be finite.")
-    return number

@@ -12,11 +12,10 @@ log-price itself, shifted, so the bridge test is exact.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float
 
 from qpo_sim.instrument.first_passage import Distance, Options, ProfitAndLoss, Survival, crossing_and_prices
-from qpo_sim.numerics import Pair, lookup, materialised, safe_log
+from qpo_sim.numerics import Pair, materialised, safe_log, stamps
 from qpo_sim.types import Array, Context
 from qpo_sim.venue import tiered_margin
 from qpo_sim.venue.tiered_margin import TierSchedule
@@ -162,7 +161,7 @@ def margin_step(
     """Funding, distance and crossing probability of one step."""
     own = tuple(prices[i] for i in shape.assets)
     payment = sum(account.funding_rate[i] * account.quantity[i] * price for i, price in enumerate(own))
-    margin = state.margin - _funding_stamps(context, shape, t) * payment
+    margin = state.margin - stamps(context, shape.funding_interval_hours, t) * payment
     now = distance(account, margin, own, with_elasticity=options.bridge)
     if options.bridge:
         crossing, hit = crossing_and_prices(context, shape.assets, scale, state.distance, now, own)
@@ -237,10 +236,3 @@ def profit_and_loss(account: Perpetual, state: Drawn) -> ProfitAndLoss:
     """P&L of the drawn branch since the start (at the starting price, whatever the entry)."""
     price = tuple(account.quantity[i] * (frozen - 1.0) for i, frozen in enumerate(state.frozen))
     return ProfitAndLoss(price, state.funding, 0.0 * state.funding, state.fees, state.liquidation)
-
-
-def _funding_stamps(context: Context, shape: PerpetualShape, t: Array) -> Array:
-    # Stamps in (start, end] of the step; the run starts right after one.
-    ends = np.arange(context.n_steps + 1) * context.step_hours / shape.funding_interval_hours
-    stamps = np.diff(np.floor(ends + 1e-9))
-    return lookup(stamps.astype(context.market.drift.dtype), t)

@@ -1,5 +1,6 @@
 """What an instrument is valued in: the prices, the time and the side processes of one moment."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,6 +23,13 @@ class Scene(NamedTuple):
     prices: Rows
     years: Array
     side: dict[str, Any]
+
+    def at_prices(self, assets: Sequence[int], prices: Sequence[Array]) -> "Scene":
+        """The same moment at other prices of some assets."""
+        rows = list(self.prices)
+        for asset, price in zip(assets, prices, strict=True):
+            rows[asset] = price
+        return self._replace(prices=rows_like(self.prices, rows))
 
     def at_trigger(self, trigger: str, feeds: tuple[int, ...] = ()) -> "Scene":
         """The scene at the prices that a venue looks at: its index, its mark or last price, or an oracle's report.

@@ -20,7 +20,6 @@ from qpo_sim.market import presets
 from qpo_sim.market.chain import Chain, described_chain
 from qpo_sim.market.model import Market, check_side_names
 from qpo_sim.market.statistics import Statistics, hint, resolved
-from qpo_sim.market.statistics import market_statistics as market_statistics
 from qpo_sim.numerics import rounded
 
 FOLDERS = ("volatility", "dependence", "jump", "side")

@@ -368,27 +368,10 @@ def _side_step(context: Context, step: Array, states: tuple[Any, ...], view: Vie
 
 
 def first_outputs(context: Context, one: Array) -> dict[str, Any]:
-    """Outputs of the side processes before the first step, one row of `one`'s shape each.
-
-    A component says them itself, `first(constants, one)`; of one that does not they are those of a step in which
-    nothing happens.
-    """
-    prepared: Prepared = context.market
-    if not prepared.side:
-        return {}
-    n_assets, n_regimes = prepared.drift.shape[1], prepared.drift.shape[0]
-    zero = 0.0 * one
-    like = (zero,) * n_assets if n_assets <= MAX_UNROLLED_ASSETS else jnp.stack((zero,) * n_assets)
-    start = jnp.zeros((), jnp.int32)
-    addresses = _addresses(context, prepared.side, Stream.SIDE, start)
-    states = tuple(
-        component.init(constants, one, at) for (component, constants), at in zip(prepared.side, addresses, strict=True)
-    )
-    masks = (zero,) * (n_regimes - 1)
-    outputs = _side_step(context, start, states, View(like, like, masks, like, None, {}))[1]
-    for component, constants in prepared.side:
-        if hasattr(component, "first"):
-            outputs.update(named(component, component.first(constants, one)))
+    """Outputs of the side processes before the first step, rows of the shape of `one`."""
+    outputs: dict[str, Any] = {}
+    for component, constants in context.market.side:
+        outputs.update(named(component, component.first(constants, one)))
     return outputs
 
 

@@ -10,11 +10,6 @@ from typing import Any
 
 from qpo_sim.errors import InputError, call, did_you_mean
 
-# Arguments that the book knows; a description cannot give them.
-KNOWN = (
-    "accounts", "loans", "assets", "spot", "account_assets", "account_options", "n_positions", "capital", "dtype",
-)  # fmt: skip
-
 
 def builders() -> dict[str, Callable[..., Any]]:
     """Builder of each kind of policy."""
@@ -32,7 +27,7 @@ def build(description: Mapping[str, Any], place: str, known: Mapping[str, Any]) 
     Args:
       description: `kind` and the options of its builder.
       place: where it stands, for messages.
-      known: what the book knows, by the names of `KNOWN`.
+      known: what the book knows and a description cannot give: names of accounts, loans, assets and so on.
 
     Raises:
       InputError: unknown kind or option, a missing one, or what the builder refuses.

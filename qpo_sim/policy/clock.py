@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from qpo_sim.errors import InputError, did_you_mean
-from qpo_sim.numerics import lookup
+from qpo_sim.numerics import stamps
 from qpo_sim.types import Array, Context
 
 
@@ -14,9 +15,7 @@ def is_due(context: Context, t: Array, every_hours: float) -> Any:
     """1 where a date falls into (start, end] of step t, else 0; 1 always for `every_hours` of 0."""
     if every_hours <= 0.0:
         return 1.0
-    ends = np.arange(context.n_steps + 1) * context.step_hours / every_hours
-    due = np.diff(np.floor(ends + 1e-9)) > 0.0
-    return lookup(due.astype(context.market.drift.dtype), t)
+    return jnp.minimum(stamps(context, every_hours, t), 1.0)
 
 
 def check(policy: str, every_hours: float) -> None:

@@ -81,7 +81,7 @@ def delayed(
     Args:
       policy: its description, as in a book.
       steps: of delay, 1 to 24; left out of the book's description, a policy has none.
-      accounts: known by the book, as everything that follows (see `policy.KNOWN`).
+      accounts: known by the book, as everything that follows.
       loans: see there.
       assets: see there.
       spot: see there.

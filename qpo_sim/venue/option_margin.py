@@ -15,7 +15,7 @@ option values; against an equity in which written options count at their mark, i
 and bought options do not count as collateral.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from jaxtyping import Float
 
 from qpo_sim.errors import InputError
 from qpo_sim.numerics import rounded
-from qpo_sim.types import Array, Held, Requirements
+from qpo_sim.types import Array, Held, Positions, Requirements
 from qpo_sim.venue.size_margin import BoundSizes, SizeMargin
 from qpo_sim.venue.tiered_margin import FUTURES, LiquidationProcess, check_kinds, liquidation_process
 
@@ -171,37 +171,18 @@ class OptionMargin:
         """Fee rate "maker", "taker" or "delivery"; 0 where the venue gives none."""
         return fee_rate(self, which, is_coin_settled=is_coin_settled)
 
-    def bind(
-        self,
-        *,
-        assets: Sequence[str],
-        kinds: Sequence[str],
-        quantity: Sequence[float],
-        capital: float,
-        prices: Mapping[str, float],
-        dtype: Any,
-        entry: Sequence[float] = (),
-        expiry: Sequence[float | None] = (),
-        strike: Sequence[float | None] = (),
-    ) -> "BoundOptions":
-        """The rule for the positions of one account; arguments as in `TieredMargin.bind`, the last three are not read.
+    def bind(self, positions: Positions, *, capital: float, prices: Mapping[str, float], dtype: Any) -> "BoundOptions":
+        """The rule for the positions of one account; arguments as in `TieredMargin.bind`.
 
         Raises:
           InputError: a kind of contract that the rule does not cover, a future of an asset that `futures` does not
             list, or one whose starting price is not known.
         """
-        check_kinds(self.name, kinds, ("Option", *FUTURES) if self.size_margin else ("Option",))
-        futures = [i for i, kind in enumerate(kinds) if kind != "Option"]
+        check_kinds(self.name, positions.kinds, ("Option", *FUTURES) if self.size_margin else ("Option",))
+        futures = [i for i, kind in enumerate(positions.kinds) if kind != "Option"]
         bound = None
         if futures and self.size_margin is not None:
-            bound = self.size_margin.bind(
-                assets=[assets[i] for i in futures],
-                kinds=[kinds[i] for i in futures],
-                quantity=[quantity[i] for i in futures],
-                capital=capital,
-                prices=prices,
-                dtype=dtype,
-            )
+            bound = self.size_margin.bind(positions.only(futures), capital=capital, prices=prices, dtype=dtype)
         return BoundOptions(Rates(*(rounded(rate, dtype) for rate in self.rates)), bound)
 
 

@@ -31,7 +31,7 @@ from jaxtyping import Float
 
 from qpo_sim.errors import InputError
 from qpo_sim.numerics import rounded
-from qpo_sim.types import DAYS_PER_YEAR, Array, Held, Requirements
+from qpo_sim.types import DAYS_PER_YEAR, Array, Held, Positions, Requirements
 from qpo_sim.venue.option_margin import check_closing, check_fees, fee_rate
 from qpo_sim.venue.tiered_margin import LiquidationProcess, check_kinds, liquidation_process
 
@@ -479,39 +479,23 @@ class PortfolioMargin:
         return True
 
     def bind(
-        self,
-        *,
-        assets: Sequence[str],
-        kinds: Sequence[str],
-        quantity: Sequence[float],
-        capital: float,
-        prices: Mapping[str, float],
-        dtype: Any,
-        entry: Sequence[float] = (),
-        expiry: Sequence[float | None] = (),
-        strike: Sequence[float | None] = (),
+        self, positions: Positions, *, capital: float, prices: Mapping[str, float], dtype: Any
     ) -> "BoundPortfolio":
         """The rule for the positions of one account; arguments as in `TieredMargin.bind`.
 
         Args:
-          assets: underlying of each position.
-          kinds: class of each contract.
-          quantity: units of each position.
+          positions: the expiry of futures is not reduced as time passes: their part of the roll's contingency is at
+            most too large.
           capital: USD.
           prices: not read.
           dtype: precision of the paths.
-          entry: not read.
-          expiry: years to the expiry of each position, None for perpetuals; empty: each position is its own expiry.
-            That of futures is not reduced as time passes: their part of the roll's contingency is at most too large.
-          strike: strike of each option over the starting price; empty: each is its own.
 
         Raises:
           InputError: an underlying without parameters, a kind of contract that the rule does not cover.
         """
-        check_kinds(self.name, kinds, ("Option", "LinearPerpetual", "InversePerpetual", "DatedFuture"))
+        assets = positions.assets
+        check_kinds(self.name, positions.kinds, ("Option", "LinearPerpetual", "InversePerpetual", "DatedFuture"))
         underlyings = tuple(dict.fromkeys(assets))
-        expiries = list(expiry) if len(expiry) else list(range(len(assets)))
-        strikes = list(strike) if len(strike) else list(range(len(assets)))
 
         def row(key: str, scale: float = 1.0) -> Array:
             return rounded([self.value(key, asset) / scale for asset in underlyings], dtype)
@@ -525,8 +509,8 @@ class PortfolioMargin:
             offsetting_rate=rounded(self.offsetting_rate, dtype),
             factor=PortfolioRequirement(rounded(self.initial_factor, dtype), rounded(self.maintenance_factor, dtype)),
             underlying=tuple(underlyings.index(asset) for asset in assets),
-            expiry=tuple(expiries),
-            strike=tuple(strikes),
+            expiry=positions.expiry,
+            strike=positions.strike,
         )
 
 

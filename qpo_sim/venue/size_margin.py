@@ -7,7 +7,7 @@ N/P coins, so that its margin in coins is $a u + b u^2$ with $u = N/P$.
 Source: Deribit support, "Linear Perpetual" and "Inverse Perpetual" (standard margin).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, sqrt
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from qpo_sim.errors import InputError
 from qpo_sim.numerics import rounded
-from qpo_sim.types import Array, Held, Requirements
+from qpo_sim.types import Array, Held, Positions, Requirements
 from qpo_sim.venue.tiered_margin import (
     FUTURES,
     LiquidationProcess,
@@ -194,29 +194,17 @@ class SizeMargin:
         """Leverage the venue allows for a position of this size in coins."""
         return 1.0 / float(margin_rate(self.initial_rate(asset), size))
 
-    def bind(
-        self,
-        *,
-        assets: Sequence[str],
-        kinds: Sequence[str],
-        quantity: Sequence[float],
-        capital: float,
-        prices: Mapping[str, float],
-        dtype: Any,
-        entry: Sequence[float] = (),
-        expiry: Sequence[float | None] = (),
-        strike: Sequence[float | None] = (),
-    ) -> "BoundSizes":
-        """The rule for the positions of one account; arguments as in `TieredMargin.bind`, `entry` is not read.
+    def bind(self, positions: Positions, *, capital: float, prices: Mapping[str, float], dtype: Any) -> "BoundSizes":
+        """The rule for the positions of one account; arguments as in `TieredMargin.bind`.
 
         Raises:
           InputError: an asset that is not listed, a kind of contract that the rule does not cover, a missing price.
         """
-        check_kinds(self.name, kinds, FUTURES)
-        coins = coins_per_unit(self.name, assets, capital, prices)
+        check_kinds(self.name, positions.kinds, FUTURES)
+        coins = coins_per_unit(self.name, positions.assets, capital, prices)
 
         def rates(of: Any) -> SizeRate:
-            rows = np.array([[rate.base, rate.per_coin] for rate in map(of, assets)]).reshape(-1, 2)
+            rows = np.array([[rate.base, rate.per_coin] for rate in map(of, positions.assets)]).reshape(-1, 2)
             return SizeRate(rounded(rows[:, 0], dtype), rounded(rows[:, 1] * coins, dtype))
 
         return BoundSizes(rates(self.maintenance_rate), rates(self.initial_rate))

@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from qpo_sim.errors import InputError, did_you_mean
 from qpo_sim.numerics import rounded
-from qpo_sim.types import Array, Held, Requirements
+from qpo_sim.types import Array, Held, Positions, Requirements
 
 # Contracts of the rules for perpetuals and futures, by class.
 FUTURES = ("LinearPerpetual", "InversePerpetual", "QuantoPerpetual", "DatedFuture")
@@ -560,43 +560,26 @@ class TieredMargin:
             raise InputError(f"venue {self.name} has no maximum leverage for {asset}: add it to the rows of its table.")
         return abs(notional) / leverage
 
-    def bind(
-        self,
-        *,
-        assets: Sequence[str],
-        kinds: Sequence[str],
-        quantity: Sequence[float],
-        capital: float,
-        prices: Mapping[str, float],
-        dtype: Any,
-        entry: Sequence[float] = (),
-        expiry: Sequence[float | None] = (),
-        strike: Sequence[float | None] = (),
-    ) -> "BoundTiers":
+    def bind(self, positions: Positions, *, capital: float, prices: Mapping[str, float], dtype: Any) -> "BoundTiers":
         """The rule for the positions of one account, in units of its capital.
 
         Args:
-          assets: underlying of each position.
-          kinds: class of each contract.
-          quantity: units of each position, see `instrument.contract`.
+          positions: their entry prices, read where `maintenance_on` is entry, stay whatever is traded later.
           capital: USD.
           prices: starting prices in USD, needed for tables in coins.
           dtype: precision of the paths.
-          entry: entry price over the starting price of each position, read where `maintenance_on` is entry; 1 if empty.
-            It stays whatever is traded later.
-          expiry: not read.
-          strike: not read.
 
         Raises:
           InputError: an asset without a table, a kind of contract that the rule does not cover, a missing price.
         """
+        assets = positions.assets
         is_in_coin = self.table_unit == "coin" and not self.is_by_size
-        check_kinds(self.name, kinds, ("InversePerpetual",) if is_in_coin else FUTURES)
+        check_kinds(self.name, positions.kinds, ("InversePerpetual",) if is_in_coin else FUTURES)
         reads_coins = self.is_by_size or is_in_coin
         coins = coins_per_unit(self.name, assets, capital, prices) if reads_coins else np.ones(len(assets))
         unit = capital if not reads_coins else 1.0
         columns = []
-        for asset, units, per_unit in zip(assets, quantity, coins, strict=True):
+        for asset, units, per_unit in zip(assets, positions.quantity, coins, strict=True):
             schedule = self._of(self.schedules, asset)
             # Of a unit with a price of 1.
             size = max(abs(float(units)), 1.0) * (per_unit if reads_coins else capital)
@@ -617,7 +600,7 @@ class TieredMargin:
             ),
             initial_rate=rounded(1.0 / table(3, None), dtype),
             coins=rounded(coins, dtype),
-            entry=rounded(np.ones(len(assets)) if len(entry) == 0 else np.asarray(entry, np.float64), dtype),
+            entry=rounded(positions.entry, dtype),
             fee=rounded(fee, dtype),
             is_by_size=self.is_by_size,
             is_in_coin=is_in_coin,

@@ -11,6 +11,7 @@ from qpo_sim.config import conf_folder, load
 from qpo_sim.errors import InputError
 from qpo_sim.market import compose
 from qpo_sim.market.side import implied_volatility
+from qpo_sim.market.statistics import market_statistics
 from qpo_sim.simulate import Plan, market_paths
 
 PRESETS = sorted(path.stem for path in (conf_folder() / "market").glob("*.yaml") if path.stem != "history")
@@ -182,7 +183,7 @@ def test_a_market_made_by_hand_with_two_components_of_one_name_is_refused():
 
 
 def test_factor_loadings_of_the_data_give_their_correlations():
-    data_ = compose.market_statistics(data.log_returns(prices()), step_hours=24.0)
+    data_ = market_statistics(data.log_returns(prices()), step_hours=24.0)
     loadings = data_.value("loadings", "x")
     # Two factors for three assets leave nothing unexplained.
     np.testing.assert_allclose((loadings @ loadings.T)[np.triu_indices(3, 1)], data_.correlation[np.triu_indices(3, 1)],

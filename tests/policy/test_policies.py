@@ -287,7 +287,7 @@ class _NoMargin:
     def __init__(self, taker_fee_rate=0.0):
         self.taker_fee_rate = taker_fee_rate
 
-    def bind(self, *, dtype, **known):
+    def bind(self, positions, *, dtype, **known):
         return _Bound(jnp.asarray(1e-6, dtype))
 
 

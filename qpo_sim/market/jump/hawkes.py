@@ -39,7 +39,7 @@ from qpo_sim.market.jump import poisson
 from qpo_sim.market.jump.base import Jump
 from qpo_sim.market.jump.kou import DoubleExponentialSizes, double_exponential_sizes
 from qpo_sim.market.jump.merton import NormalSizes, normal_sizes
-from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Rows, each_asset, regime_rows
+from qpo_sim.numerics import MAX_UNROLLED_ASSETS, Rows, each_asset, regime_rows, rounded
 from qpo_sim.random import MAX_SLOTS, Address, uniform
 from qpo_sim.types import HOURS_PER_YEAR, Array
 
@@ -403,13 +403,13 @@ def hawkes(
     years = float(poisson.check_numbers(step_hours, "step_hours", low=0.0, is_open=True)) / HOURS_PER_YEAR
     n_ode_steps = int(np.clip(np.ceil(16.0 * decay.max() * years), 16, _MAX_ODE_STEPS))
     made = Hawkes(
-        mu=poisson.cast(floor, dtype),
-        alpha=poisson.cast(matrix, dtype),
-        beta=poisson.cast(decay[:1] if np.all(decay == decay[0]) else decay, dtype),
+        mu=rounded(floor, dtype),
+        alpha=rounded(matrix, dtype),
+        beta=rounded(decay[:1] if np.all(decay == decay[0]) else decay, dtype),
         sizes=sizes,
-        loading=None if loads is None else poisson.cast(loads, dtype),
-        own_sd=poisson.cast(noise, dtype) if np.any(noise > 0.0) else None,
-        start=poisson.cast(_start(start, floor, matrix, decay), dtype),
+        loading=None if loads is None else rounded(loads, dtype),
+        own_sd=rounded(noise, dtype) if np.any(noise > 0.0) else None,
+        start=rounded(_start(start, floor, matrix, decay), dtype),
         n_assets=n_assets,
         max_proposals=_proposals(max_proposals, floor, matrix, decay, years, ratio),
         n_ode_steps=n_ode_steps,

@@ -30,7 +30,7 @@ from numpy.polynomial import chebyshev
 from qpo_sim.errors import InputError
 from qpo_sim.market.jump import poisson
 from qpo_sim.market.jump.base import Jump
-from qpo_sim.numerics import materialised, polynomial
+from qpo_sim.numerics import materialised, polynomial, rounded
 from qpo_sim.random import Address, normal_score
 from qpo_sim.types import HOURS_PER_YEAR, Array
 
@@ -368,13 +368,13 @@ def hazard(
                     "stand for both, or set martingale to false."
                 )
     return Hazard(
-        intensity=poisson.cast(table * multiplier, dtype),
-        common_intensity=poisson.cast((common * multiplier)[:, : len(groups)], dtype),
-        loss_logit=poisson.cast(coefficients, dtype),
-        loss_mean=poisson.cast(mean, dtype),
-        kept_square=poisson.cast(square, dtype),
-        contagion=None if matrix is None else poisson.cast(matrix, dtype),
-        contagion_decay=None if matrix is None else poisson.cast(contagion_decay, dtype),
+        intensity=rounded(table * multiplier, dtype),
+        common_intensity=rounded((common * multiplier)[:, : len(groups)], dtype),
+        loss_logit=rounded(coefficients, dtype),
+        loss_mean=rounded(mean, dtype),
+        kept_square=rounded(square, dtype),
+        contagion=None if matrix is None else rounded(matrix, dtype),
+        contagion_decay=None if matrix is None else rounded(contagion_decay, dtype),
         n_assets=n_assets,
         names=labels,
         asset=places,

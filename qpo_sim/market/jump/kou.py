@@ -19,7 +19,7 @@ from qpo_sim import random
 from qpo_sim.errors import InputError
 from qpo_sim.market.jump import poisson
 from qpo_sim.market.jump.poisson import CompoundPoisson
-from qpo_sim.numerics import Rows
+from qpo_sim.numerics import Rows, rounded
 from qpo_sim.random import Address
 from qpo_sim.types import Array
 
@@ -113,7 +113,7 @@ def double_exponential_sizes(
             f"{prefix}eta_down is {down.tolist()}; it must exceed {-lowest:g}, the largest negative loading of a jump, "
             "or the expected price is infinite."
         )
-    return DoubleExponentialSizes(*(poisson.cast(x, dtype) for x in (share, up, down)))
+    return DoubleExponentialSizes(*(rounded(x, dtype) for x in (share, up, down)))
 
 
 def kou(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from qpo_sim.market.jump import poisson
 from qpo_sim.market.jump.poisson import CompoundPoisson
-from qpo_sim.numerics import Rows
+from qpo_sim.numerics import Rows, rounded
 from qpo_sim.random import Address
 from qpo_sim.types import Array
 
@@ -66,7 +66,7 @@ def normal_sizes(mean: Any, sd: Any, n_columns: int, *, prefix: str = "", dtype:
     """Checked normal sizes; `prefix` goes before the names in messages."""
     mean = poisson.check_vector(mean, n_columns, f"{prefix}mean")
     sd = poisson.check_vector(sd, n_columns, f"{prefix}sd", low=0.0)
-    return NormalSizes(poisson.cast(mean, dtype), poisson.cast(sd, dtype))
+    return NormalSizes(rounded(mean, dtype), rounded(sd, dtype))
 
 
 def merton(

@@ -250,10 +250,6 @@ def regime_masks(masks: Sequence[Array], n_regimes: int) -> tuple[Array, ...]:
     return tuple(masks)
 
 
-# The name by which the models of jumps read it.
-cast = rounded
-
-
 def check_numbers(
     value: Any, name: str, *, low: float | None = None, high: float | None = None, is_open: bool = False
 ) -> np.ndarray:
